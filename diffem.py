@@ -71,9 +71,9 @@ class Config:
     dropout: float = setting(0.0, "dropout in the residual blocks")
     sigma_min: float = setting(1e-3, "lowest noise level")
     sigma_max: float = setting(1e2, "highest noise level")
-    laps: int = setting(8, "EM iterations")
-    steps: int = setting(200, "optimiser steps a lap")
-    batch: int = setting(256, "images a step")
+    laps: int = setting(5, "EM iterations")
+    steps: int = setting(400, "optimiser steps a lap")
+    batch: int = setting(64, "images a step")
     lr: float = setting(2e-3, "learning rate of Adam")
     clip: float = setting(1.0, "largest norm of the gradient")
     ema: float = setting(0.99, "decay of the moving average of the weights, which the E-step uses")
@@ -81,10 +81,10 @@ class Config:
     flip: bool = setting(False, "mirror images at random in the M-step")
     jitter: bool = setting(False, "change hue and saturation slightly in the M-step")
     method: str = setting("ddpm", "sampler: ddpm or ddim")
-    sample_steps: int = setting(32, "network evaluations to sample an image")
+    sample_steps: int = setting(16, "network evaluations to sample an image")
     sample_batch: int = setting(512, "images sampled at once")
     prior_rank: int = setting(32, "rank of the Gaussian prior's covariance")
-    prior_laps: int = setting(32, "EM iterations of the Gaussian prior")
+    prior_laps: int = setting(8, "EM iterations of the Gaussian prior")
     seed: int = setting(0, "seed of everything random")
 
 
@@ -832,3 +832,675 @@ def fit(y: Tensor, corruption: Corruption, config: Config) -> Denoiser:
     for state in em(y, corruption, config):
         pass
     return state.model()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data sets: clean images, which are corrupted once and then put aside for the metrics
+
+# The paper's settings, and small ones; Config's own defaults are those of the digits.
+PUBLISHED = dict(
+    steps=50_000, batch=256, blocks=5, heads=4, dropout=0.1, ema=0.9999, laps=20, sample_steps=256, flip=True, jitter=True,
+    sample_batch=1024, prior_laps=8,
+)  # fmt: skip
+SMALL = dict(channels=(32, 64, 96), steps=400, batch=128, ema=0.995, sample_batch=256, prior_rank=64, prior_laps=8)
+PRESETS = {
+    ("digits", "small"): dict(rate=0.5),
+    ("manifold", "small"): dict(
+        corruption="projection", channels=(256, 256, 256), laps=16, steps=1024, batch=1024, lr=1e-3, ema=0.995,
+        sigma_max=10.0, sample_steps=64, sample_batch=16384, prior_rank=4, prior_laps=16, held_out=4096, samples=4,
+    ),
+    ("mnist", "small"): SMALL,
+    ("fashion_mnist", "small"): SMALL | dict(flip=True),
+    ("cifar10", "small"): SMALL | dict(limit=10_000, flip=True),
+    ("cifar10", "published"): PUBLISHED | dict(channels=(128, 256, 384), attention=(1,), lr=2e-4, prior_rank=64),
+    ("celeba", "small"): SMALL | dict(limit=10_000, flip=True),
+    ("celeba", "published"): PUBLISHED | dict(
+        channels=(128, 256, 384, 512), blocks=3, attention=(3,), lr=1e-4, prior_rank=1024, sample_batch=512
+    ),
+    ("folder", "small"): SMALL | dict(flip=True),
+}  # fmt: skip
+SHAPES = {  # of one clean image, and how many there are to train on
+    "digits": ([1, 8, 8], 1541), "manifold": ([5], 16384), "mnist": ([1, 28, 28], 60_000),
+    "fashion_mnist": ([1, 28, 28], 60_000), "cifar10": ([3, 32, 32], 50_000), "celeba": ([3, 64, 64], 162_770),
+}  # fmt: skip
+DATASETS = [*SHAPES, "folder"]
+IMAGE_FILES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+
+
+def load_data(settings: dict) -> tuple[Tensor, Tensor]:
+    """Clean x0 to train on and to hold out, shuffled by the seed: (N, C, H, W) in [-2, 2], or (N, 5)."""
+    name, root, held_out = settings["dataset"], settings["data_dir"], settings["held_out"]
+    generator = generator_for("cpu", settings["seed"], 0)
+    if name == "manifold":
+        t = torch.rand(settings["limit"] or SHAPES[name][1], generator=generator)
+        x, test = manifold(t, settings["seed"]), manifold(torch.rand(held_out, generator=generator), settings["seed"])
+        return x, test
+    number = (settings["limit"] or 10**9) + held_out
+    test = None
+    if name == "folder":
+        files = image_files(root)
+        files = [files[i] for i in torch.randperm(len(files), generator=generator).tolist()][:number]
+        x = read_images(files, settings["image_size"], settings["grey"], settings["skip_bad_images"])
+    elif name == "digits":
+        from sklearn.datasets import load_digits
+
+        x = torch.from_numpy(load_digits().images * (255 / 16))[:, None]
+    else:
+        x, test = torchvision_images(name, root, number)
+    if test is None:
+        order = torch.randperm(len(x), generator=generator)
+        x, test = x[order[held_out:]], x[order[:held_out]]
+    if len(x) < 1:
+        raise DiffEMError(f"{len(test)} images are too few to hold out {held_out} (--held-out) and train on the rest")
+    order = torch.randperm(len(x), generator=generator)[: settings["limit"]]
+    return x[order].float() * (4 / 255) - 2, test[:held_out].float() * (4 / 255) - 2
+
+
+def manifold(t: Tensor, seed: int) -> Tensor:
+    """The points at t in [0, 1) of a smooth random closed curve in R^5, in [-2, 2]: (N,) -> (N, 5)."""
+    # x_j(t) = sum_k a_jk cos(2 pi k t + phase_jk),  a_jk ~ U(0, 1) / k^3,  k = 1 .. 10, then rescaled
+    rng = np.random.default_rng(seed)
+    k = torch.arange(1.0, 11)
+    a, phase = torch.tensor(rng.random((2, 5, 1, 10)), dtype=torch.float32)
+    dense = torch.linspace(0, 1, 20_001)[:-1]
+    x = [(a / k**3 * torch.cos(2 * math.pi * (k * u[:, None] + phase))).sum(2).T for u in (t, dense)]
+    low, high = x[1].amin(0), x[1].amax(0)
+    return 4 * (x[0] - low) / (high - low) - 2
+
+
+def torchvision_images(name: str, root: str, number: int) -> tuple[Tensor, Tensor]:
+    """Pixels 0 to 255 of the training and the test set, downloaded at first use."""
+    from torchvision import datasets
+
+    Dataset, home = {
+        "mnist": (datasets.MNIST, "MNIST/raw/*-ubyte.gz"),
+        "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST/raw/*-ubyte.gz"),
+        "cifar10": (datasets.CIFAR10, "cifar-10-python.tar.gz"),
+        "celeba": (datasets.CelebA, "celeba/img_align_celeba.zip and the list_*.txt and identity_*.txt files beside it"),
+    }[name]
+    try:
+        if name == "celeba":
+            parts = [Dataset(root, split=split, download=True) for split in ("train", "test")]
+        else:
+            parts = [Dataset(root, train=train, download=True) for train in (True, False)]
+    except Exception as error:  # torchvision and gdown raise many kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DiffEMError(f"cannot download {name} ({reason}): put {home} into {Path(root).resolve()}") from error
+    if name == "celeba":
+        files = [[Path(p.root, p.base_folder, "img_align_celeba", f) for f in p.filename[:number]] for p in parts]
+        return tuple(read_images(part, 64, grey=False, skip_bad=False, crop=140) for part in files)
+    pixels = [torch.as_tensor(part.data) for part in parts]
+    return tuple(p[:, None] if p.ndim == 3 else p.permute(0, 3, 1, 2) for p in pixels)
+
+
+def image_files(root: str) -> list:
+    files = sorted(p for p in Path(root).rglob("*") if p.suffix.lower() in IMAGE_FILES)
+    if not files:
+        raise DiffEMError(f"no images in {root}" if Path(root).is_dir() else f"no folder {root} (--data-dir)")
+    return files
+
+
+def read_images(files: list, size: int | None, grey: bool, skip_bad: bool, crop: int | None = None) -> Tensor:
+    """(N, C, H, W), values 0 to 255. With a size: the centre (of `crop` pixels, else the largest square), resized."""
+    from PIL import Image
+    from torchvision.transforms.functional import center_crop
+
+    images = []
+    for path in tqdm(files, desc="reading images", leave=False, disable=None):
+        try:
+            with Image.open(path) as file:
+                image = file.convert("L" if grey else "RGB")
+        except Exception as error:  # Pillow raises many kinds for broken files
+            if skip_bad:
+                continue
+            raise DiffEMError(f"{path} is not an image that can be read (--skip-bad-images goes on without)") from error
+        if size and image.size != (size, size):
+            image = center_crop(image, crop or min(image.size)).resize((size, size), Image.Resampling.LANCZOS)
+        if images and image.size != images[0][0].size:
+            (first, path0), (w, h) = images[0], image.size
+            raise DiffEMError(
+                f"images of mixed sizes: {path0} is {first.width}x{first.height}, {path} is {w}x{h}; "
+                "--image-size N crops and resizes them all"
+            )
+        images.append((image, path))
+    if not images:
+        raise DiffEMError("none of the images can be read")
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image, _ in images]))
+    return pixels[:, None] if grey else pixels.permute(0, 3, 1, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+def psnr(x: Tensor, x0: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB, the mean over images: 10 log10(4^2 / mean |x - x0|^2)."""
+    return float((10 * torch.log10(16 / (x - x0).square().flatten(1).mean(1))).mean())
+
+
+def ssim(x: Tensor, x0: Tensor) -> float:
+    """Structural similarity (Wang et al. 2004): Gaussian window of 11 pixels (less in smaller images), sigma 1.5."""
+    radius = min(5, (min(x.shape[-2:]) - 1) // 2)
+    kernel = gaussian_kernel(1.5, radius).to(x.device)
+    mean, mean0, xx, yy, xy = (separable_filter(v, kernel) for v in (x, x0, x * x, x0 * x0, x * x0))
+    c1, c2 = (0.01 * 4) ** 2, (0.03 * 4) ** 2
+    covariance = 2 * (xy - mean * mean0) + c2
+    variances = xx - mean**2 + yy - mean0**2 + c2
+    return float(((2 * mean * mean0 + c1) * covariance / ((mean**2 + mean0**2 + c1) * variances)).mean())
+
+
+def sliced_wasserstein(x: Tensor, x0: Tensor, generator: torch.Generator, directions: int = 256) -> float:
+    """Root mean square, over random directions, of the 2-Wasserstein distance of the projections; equal numbers."""
+    u = F.normalize(torch.randn(x.shape[1], directions, generator=generator, device=x.device), dim=0)
+    return float(((x @ u).sort(0).values - (x0 @ u).sort(0).values).square().mean().sqrt())
+
+
+def distance_to_curve(x: Tensor, curve: Tensor) -> float:
+    """Mean distance of points (N, d) to the nearest of the curve's (M, d)."""
+    return float(torch.cat([torch.cdist(part, curve).amin(1) for part in x.split(512)]).mean())
+
+
+SIGMAS = (0.01, 0.1, 1.0, 10.0, 100.0)  # the noise levels at which the held-out loss is reported
+
+
+@torch.no_grad()
+def evaluate(state: State, y: Tensor, x0: Tensor | None, corruption: Corruption, settings: dict) -> tuple[dict, dict]:
+    """Metrics of the posterior, on held-out observations y, and the samples they were made from. x0: the truth, if any.
+
+    residual  root mean square of y - A(x) on what was observed, in units of s (of a grey level where s = 0)
+    loss      by noise level: Eq. 10 on posterior samples of the held-out observations, corrupted afresh
+    spread    posterior standard deviation, root mean square over pixels
+    """
+    config = config_of(settings)
+    generator = generator_for(y.device, config.seed, 0, 3)  # the same noise in every lap
+
+    def draw(y: Tensor) -> Tensor:
+        if state.lap == 0:
+            return state.prior.posterior(y, state.prior_corruption, generator)
+        parts = y.split(config.sample_batch)
+        return torch.cat([sample(state.model(), p, config.sample_steps, config.method, generator) for p in parts])
+
+    x = torch.stack([draw(y) for _ in range(settings["samples"])])  # (samples, B, ...)
+    nothing = torch.zeros_like(y)[:1024]
+    prior = state.prior.sample(len(nothing), generator) if state.lap == 0 else draw(nothing)
+    samples = {"x": x, "mean": x.mean(0), "std": x.std(0), "prior": prior}
+    value, known = corruption.value(y), corruption.measure(torch.ones_like(x[0]), y) != 0
+    error = (value - corruption.measure(x[0], y))[known]
+    metrics = {"residual": float(error.square().mean().sqrt()) / (corruption.noise or 4 / 255)}
+    metrics["spread"] = float(samples["std"].square().mean().sqrt())
+    if state.lap:
+        fresh = corruption(x[0], generator)
+        for sigma in (s for s in SIGMAS if config.sigma_min <= s <= config.sigma_max):
+            level = torch.full((len(y),), sigma, device=y.device)
+            loss = denoising_loss(state.model(), x[0], fresh, level, generator)
+            metrics[f"loss_{sigma:g}"] = float(loss.mean())
+    if x0 is not None and x0.ndim == 4:
+        metrics |= {"psnr": psnr(x[0], x0), "psnr_mean": psnr(samples["mean"], x0)}
+        metrics |= {"ssim": ssim(x[0], x0), "ssim_mean": ssim(samples["mean"], x0)}
+    elif x0 is not None:
+        curve = manifold(torch.linspace(0, 1, 20_001)[:-1], config.seed).to(y.device)
+        metrics["wasserstein"] = sliced_wasserstein(x[0], x0, generator)
+        metrics["wasserstein_prior"] = sliced_wasserstein(prior, x0[: len(prior)], generator)
+        metrics["to_curve"] = distance_to_curve(x[0], curve)
+    return metrics, samples
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def picture_images(path: Path, y: Tensor, x0: Tensor | None, samples: dict, corruption: Corruption) -> None:
+    """Rows: observation, two posterior samples, posterior mean and standard deviation, truth, samples of the prior."""
+    from matplotlib.figure import Figure
+
+    columns = min(10, len(y))
+    observed = corruption.value(y)[:columns].expand(-1, 3 if y.shape[1] == 2 else -1, -1, -1)
+    missing = torch.tensor([1.2, -0.8, -0.8], device=y.device).view(3, 1, 1)  # red
+    rows = {"observation": torch.where(y[:columns, -1:] > 0, observed, missing)}
+    rows |= {"sample 1": samples["x"][0], "sample 2": samples["x"][-1], "mean": samples["mean"]}
+    rows |= {"std (white: 1)": 4 * samples["std"].clamp(0, 1) - 2} | ({} if x0 is None else {"truth": x0})
+    rows |= {"prior": samples["prior"]}
+    figure = Figure((0.9 * columns + 1.2, 0.9 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for line, (label, images) in zip(axes, rows.items()):
+        images = ((images[:columns] + 2) / 4).clamp(0, 1).permute(0, 2, 3, 1).cpu()
+        for axis, image in zip(line, images):
+            axis.imshow(image.expand(-1, -1, 3), interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center")
+    figure.savefig(path, dpi=100)
+
+
+def picture_vectors(path: Path, x0: Tensor | None, samples: dict) -> None:
+    """Two pairs of coordinates of the truth, the posterior samples and samples of the prior."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((10, 7), layout="constrained")
+    clouds = {"truth": x0, "posterior samples": samples["x"][0], "prior samples": samples["prior"]}
+    for line, (i, j) in zip(figure.subplots(2, 3, sharex=True, sharey=True), ((0, 1), (2, 3))):
+        for axis, (label, x) in zip(line, clouds.items()):
+            axis.set(title=label, xlabel=f"x{i + 1}", ylabel=f"x{j + 1}")
+            if x is not None:
+                axis.plot(*x[:2000, [i, j]].T.cpu(), ".", markersize=1)
+    figure.savefig(path, dpi=100)
+
+
+def picture_curves(path: Path, history: list[dict]) -> None:
+    """The metrics, and the loss by noise level, against the lap."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axis, keys in (
+        (left, [k for k in ("psnr", "psnr_mean", "wasserstein", "to_curve", "spread") if k in history[-1]]),
+        (right, [k for k in history[-1] if k.startswith("loss_")]),
+    ):
+        for key in keys:
+            lines = [line for line in history if key in line]
+            axis.plot([line["lap"] for line in lines], [line[key] for line in lines], "o-", label=key)
+        axis.set_xlabel("lap")
+        axis.legend()
+    figure.savefig(path, dpi=100)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run folder: config.json, checkpoint.pt, metrics.jsonl, lap_NN.png, curves.png
+
+
+def save_checkpoint(folder: Path, state: State, settings: dict, y: Tensor) -> None:
+    """Writes checkpoint.pt, tensors and plain types alone; a failure leaves the last one whole."""
+    state.check()
+    checkpoint = {
+        "settings": settings, "x_shape": list(state.x0.shape[1:]), "y_shape": list(y.shape[1:]), "data": fingerprint(y),
+        "lap": state.lap, "step": state.step, "drawn": state.drawn, "x0": state.x0, "losses": state.losses,
+        "denoiser": state.denoiser.state_dict(), "average": state.average.state_dict(),
+        "optimizer": state.optimizer.state_dict(),
+    }  # fmt: skip
+    temporary = folder / "checkpoint.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / "checkpoint.pt")
+    except (OSError, RuntimeError) as error:  # torch.save turns some of the first into the second
+        temporary.unlink(missing_ok=True)
+        raise DiffEMError(f"cannot write {folder / 'checkpoint.pt'} ({error}); the last one, if any, is whole") from error
+
+
+def load_checkpoint(folder: str | Path, device="cpu") -> dict:
+    """The dict of `save_checkpoint`. Runs no code from the file. Raises DiffEMError where it is not a whole checkpoint."""
+    path = Path(folder) / "checkpoint.pt"
+    if not path.is_file():
+        raise DiffEMError(f"no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint["settings"]["seed"], checkpoint["denoiser"]["network.out.bias"]
+    except Exception as error:  # junk raises many kinds
+        raise DiffEMError(f"{path} is not a checkpoint of DiffEM, or is cut short") from error
+    return checkpoint
+
+
+def load(folder: str | Path, device="cpu", corruption: Corruption | None = None) -> Denoiser:
+    """The trained model in a run folder, for `sample`. A run with a corruption of your own needs it as an argument."""
+    checkpoint = load_checkpoint(folder, device)
+    settings = checkpoint["settings"]
+    if corruption is None:
+        corruption = make_corruption(settings["corruption"], settings["parameters"], trusted=False)
+    model = Denoiser(checkpoint["x_shape"], checkpoint["y_shape"], corruption, config_of(settings)).to(device)
+    weights = {k.removeprefix("module."): v for k, v in checkpoint["average"].items() if k != "n_averaged"}
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def restore_state(checkpoint: dict, y: Tensor, corruption: Corruption, config: Config) -> State:
+    """The state that `save_checkpoint` saw, on y's device."""
+    if checkpoint["data"] != fingerprint(y):
+        raise DiffEMError("the run to resume was made with other data")
+    state = new_state(checkpoint["x0"], list(y.shape[1:]), corruption, config)
+    state.denoiser.load_state_dict(checkpoint["denoiser"])
+    state.average.load_state_dict(checkpoint["average"])
+    state.optimizer.load_state_dict(checkpoint["optimizer"])
+    state.losses[:] = checkpoint["losses"]
+    state.lap, state.step, state.drawn = checkpoint["lap"], checkpoint["step"], checkpoint["drawn"]
+    return state
+
+
+def fingerprint(y: Tensor) -> list:
+    """Tells other observations from these."""
+    return [list(y.shape), float(y.double().sum()), float(y[-1].double().sum())]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def make_corruption(name: str, parameters: dict, trusted: bool = True) -> Corruption:
+    """By name, or `path/to/file.py:ClassName`. That runs the file, so it must come from the user, not from a checkpoint."""
+    return corruption_class(name, trusted)(**parameters)
+
+
+def corruption_class(name: str, trusted: bool = True) -> type:
+    if name in CORRUPTIONS:
+        return CORRUPTIONS[name]
+    path, colon, class_name = name.rpartition(":")
+    if not colon:
+        raise DiffEMError(f"unknown corruption {name!r}: {', '.join(CORRUPTIONS)}, or path/to/file.py:ClassName")
+    if not trusted:
+        raise DiffEMError(f"this run used a corruption of its own: give --corruption {name} once more, if you trust it")
+    try:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        cls = getattr(module, class_name)
+    except Exception as error:  # anything that the user's file may raise
+        raise DiffEMError(f"cannot load the corruption {name}: {type(error).__name__}: {error}") from error
+    if not (inspect.isclass(cls) and issubclass(cls, Corruption)):
+        raise DiffEMError(f"{name} is not a subclass of diffem.Corruption")
+    return cls
+
+
+def parameters_of(cls: type) -> dict:
+    """The arguments of a corruption with their defaults."""
+    return {name: p.default for name, p in inspect.signature(cls).parameters.items() if p.default is not p.empty}
+
+
+def config_of(settings: dict) -> Config:
+    return Config(**{f.name: settings[f.name] for f in fields(Config)})
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise DiffEMError(message)
+
+
+def parse(argv: list[str]) -> tuple[dict, argparse.Namespace]:
+    """The settings of a run, all that config.json keeps, and the flags of this start alone (resume, name, device, ...).
+
+    A flag not given has the value of the run to resume; else of the data set's preset; else its default.
+    """
+    first = Parser(add_help=False, allow_abbrev=False)
+    for flag in ("--dataset", "--preset", "--corruption", "--resume", "--device"):
+        first.add_argument(flag)
+    given, _ = first.parse_known_args(argv)
+    device = pick_device(given.device or "auto")
+    saved = load_checkpoint(given.resume)["settings"] if given.resume else {}
+    dataset = saved.get("dataset") or given.dataset or "digits"
+    if dataset not in DATASETS:
+        raise DiffEMError(f"unknown data set {dataset!r}: {', '.join(DATASETS)}")
+    preset = saved.get("preset") or given.preset
+    if not preset:
+        preset = "published" if device == "cuda" and (dataset, "published") in PRESETS else "small"
+    if (dataset, preset) not in PRESETS:
+        raise DiffEMError(f"{dataset} has the presets {', '.join(p for d, p in PRESETS if d == dataset)}, not {preset!r}")
+    values = PRESETS[dataset, preset] | saved
+    corruption = given.corruption or values.get("corruption", "mask")
+    if saved:
+        corruption_class(corruption, trusted=bool(given.corruption))
+    parameters = parameters_of(corruption_class(corruption))
+    values |= saved.get("parameters", {}) | dict(dataset=dataset, preset=preset, corruption=corruption)
+
+    options = make_parser(values, parameters).parse_args(argv)
+    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(options).items()}
+    for name in ("name", "resume", "device", "dry_run"):
+        del settings[name]
+    settings["parameters"] = {name: settings.pop(name) for name in parameters}
+    for key in saved.keys() - {"laps", "data_dir"}:
+        if settings[key] != saved[key]:
+            raise DiffEMError(f"{given.resume} was made with {key} {saved[key]}, not {settings[key]}")
+    options.device = device
+    return settings, options
+
+
+def make_parser(values: dict, parameters: dict) -> Parser:
+    """values: defaults that replace those below; parameters: the corruption's arguments and their defaults."""
+    parser = Parser(
+        description="DiffEM: learn to restore images, and a model of the clean ones, from corrupted images alone.",
+        epilog="The defaults shown are those of --dataset, --preset and --corruption: give them with --help to see others. "
+        "Corruptions: " + "; ".join(f"{n} {describe(parameters_of(c))}" for n, c in CORRUPTIONS.items()),
+        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=32, width=110),
+        allow_abbrev=False,
+    )
+
+    def add(group, name: str, default, help: str, **kind) -> None:
+        if isinstance(default, bool):
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif isinstance(default, tuple):
+            kind = {"type": int, "nargs": "*"}
+        kind = kind or {"type": type(default)}
+        group.add_argument("--" + name.replace("_", "-"), default=values.get(name, default), help=help, **kind)
+
+    group = parser.add_argument_group("data")
+    add(group, "dataset", "digits", "one of: " + ", ".join(DATASETS))
+    add(group, "preset", "small", "published: the paper's settings, the default on a GPU; small: for a CPU")
+    add(group, "data_dir", "data", "where data sets are kept; of folder: the images, at any depth")
+    add(group, "image_size", None, "of folder: crop the centre square and resize it to this", type=int)
+    add(group, "grey", False, "of folder: read images as grey")
+    add(group, "skip_bad_images", False, "of folder: go on without images that cannot be read")
+    add(group, "limit", None, "train on so many images", type=int)
+    add(group, "held_out", 256, "images held out for the metrics")
+    group = parser.add_argument_group("corruption")
+    add(group, "corruption", "mask", "one of the list below, or path/to/file.py:ClassName")
+    for name, default in parameters.items():
+        add(group, name, default, f"of {values['corruption']}")
+    group = parser.add_argument_group("method")
+    for f in fields(Config):
+        add(group, f.name, f.default, f.metadata["help"])
+    add(group, "samples", 8, "posterior samples of each held-out image, for the mean and the spread")
+    group = parser.add_argument_group("run")
+    group.add_argument("--name", help="folder below runs/; if not given, from data set, corruption and a number")
+    group.add_argument("--resume", metavar="runs/NAME", help="go on with this run; it may be given more --laps")
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    group.add_argument("--dry-run", action="store_true", help="print settings, size and cost, and stop")
+    return parser
+
+
+def describe(parameters: dict) -> str:
+    return "(" + ", ".join(f"{name}={value}" for name, value in parameters.items()) + ")"
+
+
+def pick_device(name: str) -> str:
+    if name not in ("auto", "cpu", "cuda"):
+        raise DiffEMError(f"unknown device {name!r}: auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DiffEMError("no CUDA device can be used here: --device cpu")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def cost_of(settings: dict, corruption: Corruption, x_shape: list, number: int) -> dict:
+    """Parameters, floating point operations and bytes of a run on `number` observations, found on tensors without data."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config, saved = config_of(settings), []
+    y_shape = list(corruption(torch.zeros(1, *x_shape), torch.Generator()).shape[1:])
+    with torch.device("meta"):
+        denoiser = Denoiser(x_shape, y_shape, corruption, config)
+        batch = [torch.zeros(2, *x_shape), torch.ones(2), torch.zeros(2, *y_shape)]
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            denoiser(*batch)
+    parameters, flops = sum(p.numel() for p in denoiser.parameters()), counter.get_total_flops() / 2
+    # a step costs 3 evaluations: one forward, two backward
+    evaluations = config.laps * (3 * config.steps * config.batch + number * config.sample_steps)
+    weights = 5 * parameters  # with gradient, average, and Adam's two moments
+    data = number * (math.prod(x_shape) + math.prod(y_shape))
+    activations = config.batch * (sum(saved) - parameters) / 2
+    return {
+        "parameters": parameters, "evaluations": evaluations, "flops": evaluations * flops,
+        "bytes": 4 * (weights + data + activations),
+    }  # fmt: skip
+
+
+def hours_here(flops: float) -> float:
+    """At the rate of a matrix product on this machine's CPU: a bound from below."""
+    a = torch.randn(1024, 1024)
+    a @ a
+    start = time.perf_counter()
+    for _ in range(5):
+        a @ a
+    return flops / (5 * 2 * 1024**3 / (time.perf_counter() - start)) / 3600
+
+
+def shape_and_number(settings: dict) -> tuple[list, int]:
+    """Of the clean images that a run trains on, without reading them all."""
+    if settings["dataset"] == "folder":
+        files = image_files(settings["data_dir"])
+        shape = list(read_images(files[:1], settings["image_size"], settings["grey"], skip_bad=False).shape[1:])
+        number = len(files) - settings["held_out"]
+    else:
+        shape, number = SHAPES[settings["dataset"]]
+    return shape, min(number, settings["limit"] or number)
+
+
+def check_settings(settings: dict, corruption: Corruption) -> None:
+    """What no single flag can tell."""
+    vectors = settings["dataset"] == "manifold"
+    if vectors != isinstance(corruption, Projection):
+        raise DiffEMError("the corruption of the manifold is projection, and it is for nothing else")
+    if settings["dataset"] != "folder" and (settings["image_size"] or settings["grey"] or settings["skip_bad_images"]):
+        raise DiffEMError("--image-size, --grey and --skip-bad-images go with --dataset folder")
+    for key in ("laps", "steps", "batch", "sample_steps", "sample_batch", "held_out", "prior_rank", "prior_laps"):
+        at_least(key, settings[key], 1)
+    at_least("samples", settings["samples"], 2)
+    for key in ("blank", "dropout", "ema"):
+        fraction(key, settings[key])
+    for key in ("lr", "clip", "sigma_min"):
+        above(key, settings[key], 0)
+    above("sigma_max", settings["sigma_max"], settings["sigma_min"])
+    if settings["method"] not in ("ddpm", "ddim"):
+        raise DiffEMError(f"unknown method {settings['method']!r}: ddpm or ddim")
+
+
+def new_folder(name: str | None, settings: dict) -> Path:
+    """runs/NAME, which must not exist; without a name, the first free number."""
+    stem = f"{settings['dataset']}-{Path(settings['corruption'].rpartition(':')[0]).stem or settings['corruption']}"
+    number = 1
+    while name is None and Path("runs", f"{stem}-{number}").exists():
+        number += 1
+    folder = Path("runs", name or f"{stem}-{number}")
+    if folder.exists():
+        raise DiffEMError(f"{folder} exists: choose another --name, or go on with it by --resume {folder}")
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    return folder
+
+
+@contextmanager
+def stop_signals():
+    """A list that a first Ctrl-C (or SIGTERM) adds to, so that a run can stop between two steps; a second one kills."""
+    received = []
+
+    def handler(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        print("\nstopping after this step ...", file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def report(state: State, y: Tensor, x0: Tensor | None, corruption: Corruption, settings: dict, folder: Path, history: list):
+    """Adds a lap's metrics to `history` and the run folder, draws its pictures, and returns its line."""
+    metrics, samples = evaluate(state, y, x0, corruption, settings)
+    if state.lap:
+        metrics = {"loss": float(state.losses.mean())} | metrics
+    history.append({"lap": state.lap} | {k: round(v, 5) for k, v in metrics.items()})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
+    picture = folder / f"lap_{state.lap:02d}.png"
+    if y.ndim == 4:
+        picture_images(picture, y, x0, samples, corruption)
+    else:
+        picture_vectors(picture, x0, samples)
+    picture_curves(folder / "curves.png", history)
+    return f"lap {state.lap}/{settings['laps']}  " + "  ".join(
+        f"{name} {value:.3g}" if abs(value) < 10 else f"{name} {value:.2f}"
+        for name, value in metrics.items() if not name.startswith("loss_")
+    )  # fmt: skip
+
+
+def train(y: Tensor, held_out: tuple, corruption: Corruption, settings: dict, folder: Path, state: State | None) -> int:
+    """EM with a progress bar, a report a lap, a checkpoint a lap and every three minutes. Returns the exit code.
+
+    held_out: observations for the metrics, and their truth or None.
+    """
+    config, history = config_of(settings), []
+    if state:
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        history = [line for line in map(json.loads, lines) if line["lap"] < state.lap + (state.drawn == len(y))]
+    lap_work = 3 * config.steps * config.batch + len(y) * config.sample_steps
+
+    def work(state: State) -> int:
+        done = 3 * state.step * config.batch + state.drawn * config.sample_steps
+        return (state.lap - 1) * lap_work + done if state.lap else 0
+
+    saved = time.monotonic()
+    bar = tqdm(total=config.laps * lap_work, unit="eval", unit_scale=True, disable=None, initial=work(state) if state else 0)
+    with bar, stop_signals() as stop:
+        for state in em(y, corruption, config, state):
+            bar.update(work(state) - bar.n)
+            if state.step % 20 == 0 and 0 < state.step < config.steps:
+                bar.set_postfix(lap=state.lap, loss=f"{state.losses[state.step - 20 : state.step].mean():.3f}")
+            if state.drawn == len(y):
+                bar.write(report(state, *held_out, corruption, settings, folder, history))
+            if stop or state.drawn == len(y) or time.monotonic() - saved > 180:
+                save_checkpoint(folder, state, settings, y)
+                saved = time.monotonic()
+            if stop:
+                bar.write(f"stopped in lap {state.lap}; go on with: python diffem.py --resume {folder}")
+                return 130
+    first, last = history[0], history[-1]
+    if "psnr_mean" in last:
+        print(f"PSNR of the posterior mean: {first['psnr_mean']:.2f} dB by the Gaussian prior, {last['psnr_mean']:.2f} dB "
+              f"by lap {last['lap']} ({last['psnr_mean'] - first['psnr_mean']:+.2f} dB)")  # fmt: skip
+    print(f"look at {folder / 'lap_{:02d}.png'.format(last['lap'])} and {folder / 'curves.png'}")
+    return 0
+
+
+def run(argv: list[str]) -> int:
+    settings, options = parse(argv)
+    corruption = make_corruption(settings["corruption"], settings["parameters"])
+    check_settings(settings, corruption)
+    config, dataset = config_of(settings), settings["dataset"]
+    if options.dry_run:
+        shape, number = shape_and_number(settings)
+        cost = cost_of(settings, corruption, shape, number)
+        print(json.dumps(settings, indent=1))
+        print(f"{number} observations of {'x'.join(map(str, shape))}, {cost['parameters'] / 1e6:.2f} M parameters")
+        print(f"{config.laps} laps of {config.steps} steps and {number} x {config.sample_steps} evaluations: "
+              f"{cost['flops'] / 1e15:.3g} PFLOP in all, about {cost['bytes'] / 2**30:.2f} GiB")  # fmt: skip
+        return 0
+    if (dataset, "published") in PRESETS and settings["preset"] == "small" and options.device == "cpu":
+        published, _ = parse(argv + ["--preset", "published", "--device", "cpu"])
+        hours = hours_here(cost_of(published, corruption, *shape_and_number(published))["flops"])
+        print(f"no GPU: the small preset; the published one (--preset published) would take {hours / 24:.0f} days or more here")
+    x0, x0_held_out = load_data(settings)
+    generator = generator_for(options.device, config.seed, 0, 0)
+    y, y_held_out = (corrupt(x.to(options.device), corruption.to(options.device), generator) for x in (x0, x0_held_out))
+    if not y.isfinite().all():
+        raise DiffEMError(f"the corruption {settings['corruption']} gives values that are not finite")
+    del x0  # nobody sees it from here on
+    state, folder = None, Path(options.resume or "")
+    if options.resume:
+        state = restore_state(load_checkpoint(folder, options.device), y, corruption, config)
+        (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+    else:
+        folder = new_folder(options.name, settings)
+    print(f"{folder}: {len(y)} observations, {settings['corruption']} {describe(settings['parameters'])}, {options.device}")
+    return train(y, (y_held_out, x0_held_out.to(options.device)), corruption, settings, folder, state)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        return run(sys.argv[1:] if argv is None else argv)
+    except (DiffEMError, OSError) as error:
+        print(f"diffem: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.modules["diffem"] = sys.modules["__main__"]  # for a user's own corruption, which imports from it
+    sys.exit(main())
