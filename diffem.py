@@ -236,7 +236,7 @@ class Block(Mask):
         inside = rows[..., :, None] & columns[..., None, :]
         # The rank of a pixel: by the first shape that covers it, then in reading order
         first = torch.where(inside.any(1), inside.int().argmax(1), shapes).flatten(1)  # (B, H W)
-        rank = first.argsort(1, stable=True).argsort(1)
+        rank = first.argsort(dim=1, stable=True).argsort(dim=1)
         return (rank >= round(self.rate * H * W)).to(x.dtype).view(B, 1, H, W)
 
 
@@ -333,7 +333,9 @@ class Jpeg(Corruption):
         padded = F.pad(pixels - 128, [0, -W % 8, 0, -H % 8], mode="replicate")
         blocks = padded.unfold(2, 8, 8).unfold(3, 8, 8)  # (B, C, H / 8, W / 8, 8, 8)
         table = self.tables[[0, 1, 1][:C]]  # (C, 1, 1, 8, 8)
-        coefficients = (self.dct @ blocks @ self.dct.T / table).round() * table
+        # As libjpeg does: coefficients in eighths, then the nearest multiple of the table's, the larger one of two as near
+        eighths = (8 * self.dct @ blocks @ self.dct.T).round()
+        coefficients = eighths.sign() * ((eighths.abs() / 8 / table) + 0.5).floor() * table
         blocks = (self.dct.T @ coefficients @ self.dct + 128).clamp(0, 255).round()
         pixels = blocks.transpose(3, 4).reshape(padded.shape)[..., :H, :W]  # (.., H / 8, 8, W / 8, 8) -> (.., H, W)
         if C == 3:
