@@ -712,7 +712,7 @@ def new_state(x0: Tensor, y_shape: list, corruption: Corruption, config: Config)
     """The state before the first lap, with a new network, on the device of x0 (N, ...)."""
     with torch_seeded_by(generator_for("cpu", config.seed, 0, 2)):
         denoiser = Denoiser(list(x0.shape[1:]), y_shape, corruption, config)
-    denoiser = denoiser.to(x0.device, memory_format=torch.channels_last)
+    denoiser.to(x0.device).network.to(memory_format=torch.channels_last)  # the faster one for convolutions
     return State(x0, denoiser, *new_optimizer(denoiser, config), torch.zeros(config.steps, device=x0.device))
 
 
@@ -1030,7 +1030,7 @@ def picture_images(path: Path, y: Tensor, x0: Tensor, samples: dict, corruption:
     figure = Figure((0.9 * columns + 1.2, 0.9 * len(rows)), layout="constrained")
     for line, (label, images) in zip(figure.subplots(len(rows), columns, squeeze=False), rows.items()):
         line[0].set_ylabel(label, rotation=0, ha="right", va="center")
-        for axis, image in zip(line, ((images + 2) / 4).clamp(0, 1).permute(0, 2, 3, 1).cpu()):
+        for axis, image in zip(line, ((images + 2) / 4).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()):
             axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=100)
@@ -1044,7 +1044,7 @@ def picture_vectors(path: Path, x0: Tensor, samples: dict) -> None:
     clouds = {"truth": x0, "posterior samples": samples["x"][0], "prior samples": samples["prior"]}
     for line, (i, j) in zip(figure.subplots(2, 3, sharex=True, sharey=True), ((0, 1), (2, 3))):
         for axis, (label, x) in zip(line, clouds.items()):
-            axis.plot(*x[:2000, [i, j]].T.cpu(), ".", markersize=1)
+            axis.plot(*x[:2000, [i, j]].T.cpu().numpy(), ".", markersize=1)
             axis.set(title=label, xlabel=f"x{i + 1}", ylabel=f"x{j + 1}")
     figure.savefig(path, dpi=100)
 
@@ -1216,12 +1216,12 @@ def parse(argv: list[str]) -> tuple[Settings, argparse.Namespace]:
     parser.set_defaults(**values | saved.get("parameters", {}) | dict(dataset=dataset, preset=preset, corruption=corruption))
     options = parser.parse_args(argv)
     options.device = "cuda" if cuda else "cpu"
-    names = Settings.__dataclass_fields__.keys() - {"parameters"}
-    settings = Settings(**{n: getattr(options, n) for n in names}, parameters={n: getattr(options, n) for n in parameters})
-    for key in saved.keys() - {"laps", "data_dir"}:
-        now = getattr(settings, key)
-        require(now == saved[key], f"{given.resume} was made with {key} {saved[key]}, not {now}")
-    return settings, options
+    options.parameters = {name: getattr(options, name) for name in parameters}
+    values = {f.name: getattr(options, f.name) for f in fields(Settings)}
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    for name in saved.keys() - {"laps", "data_dir"}:
+        require(values[name] == saved[name], f"{given.resume} was made with {name} {saved[name]}, not {values[name]}")
+    return Settings(**values), options
 
 
 def describe(parameters: dict) -> str:
@@ -1294,6 +1294,21 @@ def report(state: State, held_out: tuple, corruption: Corruption, settings: Sett
     return f"lap {state.lap}/{settings.laps}  " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
 
 
+@contextmanager
+def stop_signals():
+    """A list to which a first Ctrl-C (or SIGTERM) adds, so that a run can stop between two steps. A second one kills."""
+    received = []
+
+    def receive(number, frame):
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield received
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def train(y: Tensor, held_out: tuple, corruption: Corruption, settings: Settings, folder: Path, state: State | None) -> int:
     """EM with a progress bar, a report a lap, and a checkpoint a lap and every three minutes. Returns the exit code.
 
@@ -1310,10 +1325,8 @@ def train(y: Tensor, held_out: tuple, corruption: Corruption, settings: Settings
             return 0
         return (state.lap - 1) * lap_work + 3 * state.step * settings.batch + state.drawn * settings.sample_steps
 
-    stop, saved = [], time.monotonic()
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first asks to stop after this step, the second kills
-        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
-    with tqdm(total=settings.laps * lap_work, initial=work(state), unit="eval", unit_scale=True, disable=None) as bar:
+    saved, total = time.monotonic(), settings.laps * lap_work
+    with stop_signals() as stop, tqdm(total=total, initial=work(state), unit="eval", unit_scale=True, disable=None) as bar:
         for state in em(y, corruption, settings, state):
             bar.update(work(state) - bar.n)
             if state.step % 20 == 0 and 0 < state.step < settings.steps:

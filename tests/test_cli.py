@@ -1,0 +1,295 @@
+"""The script from outside: subprocesses, exit codes, files on disk."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import diffem
+
+ROOT = Path(__file__).parents[1]
+SMALL = ("--channels 8 8 --blocks 1 --laps 1 --steps 3 --batch 8 --sample-steps 3 --prior-laps 2 --prior-rank 4 --held-out 12 "
+         "--samples 2 --limit 40").split()  # fmt: skip
+
+
+def start(*arguments, cwd, **kind):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    return subprocess.Popen([sys.executable, str(ROOT / "diffem.py"), *map(str, arguments)], cwd=cwd, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kind)  # fmt: skip
+
+
+def script(*arguments, cwd, **kind):
+    process = start(*arguments, cwd=cwd, **kind)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """A tree of 60 small colour images."""
+    root = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for i in range(60):
+        pixels = np.kron(generator.integers(0, 255, (4, 4, 3)), np.ones((4, 4, 1))).astype(np.uint8)
+        (root / f"class{i % 3}").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(root / f"class{i % 3}" / f"{i}.png")
+    return root
+
+
+def idx(path: Path, array: np.ndarray):
+    """A file of MNIST's format."""
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+
+
+def check_run(folder: Path, laps: int = 1, vectors: bool = False):
+    names = {"config.json", "checkpoint.pt", "metrics.jsonl", "curves.png"} | {f"lap_{i:02d}.png" for i in range(laps + 1)}
+    assert {path.name for path in folder.iterdir()} == names
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["lap"] for line in lines] == list(range(laps + 1))
+    expected = {"wasserstein", "to_curve"} if vectors else {"psnr", "psnr_mean", "ssim"}
+    for line in lines:
+        assert expected | {"residual", "spread"} <= line.keys()
+        assert all(np.isfinite(value) for value in line.values())
+    assert "loss_0.1" in lines[-1]
+    assert Image.open(folder / f"lap_{laps:02d}.png").width > 500
+
+
+@pytest.mark.parametrize(
+    "corruption",
+    ["mask --rate 0.4", "block", "blur --width 0.8", "downsample --factor 4", "noise --noise 0.3", "jpeg --quality 30"],
+)
+def test_script_with_every_corruption(corruption, tmp_path):
+    code, out, err = script(*SMALL, "--corruption", *corruption.split(), cwd=tmp_path)
+    assert code == 0 and err == "", err
+    assert re.search(r"PSNR of the posterior mean: Gaussian prior \d+\.\d+ dB, DiffEM \d+\.\d+ dB", out)
+    check_run(tmp_path / "runs" / f"digits-{corruption.split()[0]}-1")
+
+
+def test_script_on_the_manifold(tmp_path):
+    code, out, err = script(*SMALL, "--dataset", "manifold", "--name", "curve", cwd=tmp_path)
+    assert code == 0 and err == "", err
+    check_run(tmp_path / "runs" / "curve", vectors=True)
+
+
+def test_script_on_a_folder_in_colour_and_on_mnist_files(photos, tmp_path):
+    code, out, err = script(*SMALL, "--dataset", "folder", "--data-dir", photos, "--image-size", 12, cwd=tmp_path)
+    assert code == 0 and err == "", err
+    check_run(tmp_path / "runs" / "folder-mask-1")
+    for stem, number in (("train", 50), ("t10k", 15)):
+        raw = tmp_path / "data" / "FashionMNIST" / "raw"
+        idx(raw / f"{stem}-images-idx3-ubyte", np.random.default_rng(0).integers(0, 255, (number, 28, 28)))
+        idx(raw / f"{stem}-labels-idx1-ubyte", np.zeros(number))
+    code, out, err = script(*SMALL, "--dataset", "fashion_mnist", cwd=tmp_path)
+    assert code == 0 and err == "", err
+    check_run(tmp_path / "runs" / "fashion_mnist-mask-1")
+
+
+OWN = """
+from diffem import Corruption
+
+class Saturate(Corruption):
+    linear = False
+
+    def __init__(self, limit_at: float = 1.0):
+        super().__init__()
+        self.limit_at = limit_at
+
+    def measure(self, x, y):
+        return y[:, -1:] * x.clamp(-self.limit_at, self.limit_at)
+"""
+
+
+def test_a_corruption_of_ones_own(tmp_path):
+    (tmp_path / "own.py").write_text(OWN)
+    own = ("--corruption", "own.py:Saturate")
+    code, out, err = script(*SMALL, *own, "--limit-at", 0.8, cwd=tmp_path)
+    assert code == 0 and err == "", err
+    check_run(tmp_path / "runs" / "digits-saturate-1")
+    assert "limit_at=0.8" in out
+    code, out, err = script("--resume", "runs/digits-saturate-1", "--laps", 2, cwd=tmp_path)
+    assert code == 2 and "own.py:Saturate" in err  # a checkpoint alone makes no code run
+    code, out, err = script("--resume", "runs/digits-saturate-1", "--laps", 2, *own, cwd=tmp_path)
+    assert code == 0 and err == "", err
+    check_run(tmp_path / "runs" / "digits-saturate-1", laps=2)
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
+    flags = [*SMALL, "--laps", "2", "--steps", "60", "--dropout", "0.1"]
+    assert script(*flags, "--name", "whole", cwd=tmp_path)[0] == 0
+    process = start(*flags, "--name", "parts", cwd=tmp_path)
+    for line in process.stdout:
+        if line.startswith("lap 0"):
+            time.sleep(0.3)
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 130, (out, err)
+    assert "--resume runs/parts" in out and "Traceback" not in err
+    assert torch.load(tmp_path / "runs/parts/checkpoint.pt", weights_only=True)["lap"] <= 1
+    code, out, err = script("--resume", "runs/parts", cwd=tmp_path)
+    assert code == 0 and err == "", err
+    check_run(tmp_path / "runs/parts", laps=2)
+    whole, parts = (torch.load(tmp_path / "runs" / name / "checkpoint.pt", weights_only=True) for name in ("whole", "parts"))
+    for name, weight in whole["average"].items():
+        assert torch.equal(weight, parts["average"][name]), name
+    assert torch.equal(whole["x0"], parts["x0"])
+    assert (tmp_path / "runs/whole/metrics.jsonl").read_text() == (tmp_path / "runs/parts/metrics.jsonl").read_text()
+
+
+def test_dry_run_and_help(photos, tmp_path):
+    code, out, err = script("--dataset", "cifar10", "--preset", "published", "--dry-run", cwd=tmp_path)
+    assert code == 0 and err == "", err
+    assert '"steps": 50000' in out and "M parameters" in out and "GiB" in out
+    assert list(tmp_path.iterdir()) == []
+    code, out, err = script("--help", "--dataset", "folder", "--corruption", "jpeg", cwd=tmp_path)
+    assert code == 0
+    for flag in ("--quality", "--image-size", "--resume", "--prior-rank", "--lr"):
+        assert flag in out
+    assert "--rate" not in out and "(default: 20)" in out
+
+
+def test_import_runs_nothing(tmp_path):
+    code = "import sys; sys.argv = ['x', '--nonsense']; import diffem; print(sorted(m for m in sys.modules if m in " \
+           "('matplotlib', 'torchvision', 'sklearn', 'PIL')))"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True)  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_readme_example(tmp_path):
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert any("from diffem import" in block for block in code)
+    for block in code:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+# ---- Bad input: one line, exit code 2
+
+
+def fails(arguments, cwd, monkeypatch, capsys) -> str:
+    """The one line on standard error."""
+    monkeypatch.chdir(cwd)
+    assert diffem.main([str(argument) for argument in arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("diffem: "), err
+    return err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("--dataset imagenet", "unknown data set 'imagenet'"),
+        ("--corruption fog", "unknown corruption 'fog'"),
+        ("--corruption nowhere.py:Fog", "nowhere.py:Fog"),
+        ("--rate 1.0", r"rate must be in \[0, 1\)"),
+        ("--rate -0.1", r"rate must be in \[0, 1\)"),
+        ("--rate many", "--rate"),
+        ("--corruption jpeg --quality 0", "quality"),
+        ("--corruption downsample --factor 3", "cannot be downsampled by 3"),
+        ("--corruption blur --width 4", "blur of width 4.0 needs images of more than 12 pixels"),
+        ("--corruption projection", "does not go with digits"),
+        ("--dataset manifold --corruption mask", "does not go with manifold"),
+        ("--frobnicate 3", "--frobnicate"),
+        ("--preset published", "digits has no preset 'published'"),
+        ("--method euler", "unknown method 'euler'"),
+        ("--laps 0", "laps must be at least 1"),
+        ("--sigma-max 1e-4", "sigma_min"),
+        ("--attention 1 --heads 5", "5 heads"),
+        ("--held-out 2000", "too few"),
+        ("--image-size 16", "--dataset folder"),
+        ("--device tpu", "unknown device 'tpu'"),
+        ("--dataset folder --data-dir nowhere", "no folder nowhere"),
+        ("--resume runs/nothing", "no checkpoint"),
+    ],
+)
+def test_bad_flags(arguments, message, tmp_path, monkeypatch, capsys):
+    err = fails([*SMALL, *arguments.split()], tmp_path, monkeypatch, capsys)
+    assert re.search(message, err), err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bad_folders(photos, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    flags = [*SMALL, "--dataset", "folder", "--data-dir", folder]
+    assert "no images in" in fails(flags, tmp_path, monkeypatch, capsys)
+    for i, path in enumerate(sorted(photos.rglob("*.png"))):
+        (folder / f"{i}.png").write_bytes(path.read_bytes())
+    (folder / "broken.png").write_bytes(path.read_bytes()[:40])
+    assert "broken.png" in fails(flags, tmp_path, monkeypatch, capsys)
+    assert diffem.main([*map(str, flags), "--skip-bad-images", "--name", "skipped"]) == 0
+    (folder / "broken.png").unlink()
+    Image.new("RGB", (20, 9)).save(folder / "wide.png")
+    err = fails([*flags, "--limit", 0], tmp_path, monkeypatch, capsys)
+    assert "mixed sizes" in err and "20x9" in err and "--image-size" in err
+    assert diffem.main([*map(str, flags), "--image-size", "8", "--grey", "--name", "cropped"]) == 0
+    capsys.readouterr()
+
+
+def test_a_data_set_that_cannot_be_downloaded(tmp_path):
+    code, out, err = script(*SMALL, "--dataset", "cifar10", cwd=tmp_path)
+    assert code == 2 and "Traceback" not in err
+    assert "no GPU, so the small preset" in out and "days" in out
+    last = err.strip().splitlines()[-1]
+    assert "cannot download cifar10" in last and "cifar-10-python.tar.gz" in last and str(tmp_path) in last
+
+
+def test_bad_checkpoints_and_folders(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert diffem.main([*SMALL, "--name", "one"]) == 0
+    capsys.readouterr()
+    path = tmp_path / "runs/one/checkpoint.pt"
+    whole = path.read_bytes()
+    assert "runs/one exists" in fails([*SMALL, "--name", "one"], tmp_path, monkeypatch, capsys)
+    err = fails(["--resume", "runs/one", "--rate", 0.3], tmp_path, monkeypatch, capsys)
+    assert "rate" in err and "0.3" in err and "0.5" in err
+    assert "dataset" in fails(["--resume", "runs/one", "--dataset", "manifold"], tmp_path, monkeypatch, capsys)
+    for junk in (whole[: len(whole) // 2], b"junk", b"", whole[:-1000] + b"\0" * 1000):
+        path.write_bytes(junk)
+        assert "not a checkpoint" in fails(["--resume", "runs/one"], tmp_path, monkeypatch, capsys)
+    torch.save({"weights": torch.zeros(3)}, path)
+    assert "not a checkpoint" in fails(["--resume", "runs/one"], tmp_path, monkeypatch, capsys)
+
+
+def test_a_run_on_other_data_is_not_resumed(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = [*SMALL, "--dataset", "folder", "--data-dir", str(photos), "--image-size", "8", "--name", "one"]
+    assert diffem.main(flags) == 0
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for i in range(60):
+        Image.new("RGB", (8, 8), (i, i, i)).save(folder / f"{i}.png")
+    capsys.readouterr()
+    err = fails(["--resume", "runs/one", "--data-dir", folder, "--laps", 2], tmp_path, monkeypatch, capsys)
+    assert "other data" in err
+
+
+def test_nan_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
+    err = fails([*SMALL, "--lr", "1e30", "--name", "nan"], tmp_path, monkeypatch, capsys)
+    assert re.search(r"lap 1, step \d", err)
+    checkpoint = diffem.load_checkpoint(tmp_path / "runs/nan")
+    assert checkpoint["lap"] == 0 and all(w.isfinite().all() for w in checkpoint["denoiser"].values())
+
+
+def test_full_disk(tmp_path):
+    """Files may grow to 60 kB: the pictures fit, the checkpoint does not."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))  # noqa: E731
+    code, out, err = script(*SMALL, "--channels", 16, 32, "--name", "full", cwd=tmp_path, preexec_fn=limit)
+    assert code == 2 and err.count("\n") == 1, err
+    assert "cannot write" in err and "checkpoint.pt" in err
+    assert not (tmp_path / "runs/full/checkpoint.tmp").exists()

@@ -1,0 +1,228 @@
+"""EM as a whole: what it may see, what it repeats, what survives an interruption; and the metrics."""
+
+import math
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import diffem
+from diffem import (
+    Config, DiffEMError, GaussianPrior, Mask, Projection, Settings, distance_to_curve, em, evaluate, fit, load, load_checkpoint,
+    manifold, psnr, restore_state, sample, save_checkpoint, sliced_wasserstein, ssim,
+)  # fmt: skip
+
+TINY = dict(
+    channels=(8, 8), blocks=1, dropout=0.1, laps=2, steps=6, batch=8, sample_steps=4, sample_batch=16, prior_laps=2, prior_rank=4,
+)  # fmt: skip
+
+
+def images(number=40):
+    x0 = torch.nn.functional.interpolate(
+        torch.rand(number, 1, 3, 3, generator=torch.Generator().manual_seed(5)) * 4 - 2, size=(8, 8), mode="bilinear"
+    )
+    return x0, Mask(0.5)(x0, torch.Generator().manual_seed(6))
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_fit_never_sees_the_clean_images():
+    x0, y = images()
+    expected = weights(fit(y, Mask(0.5), Config(**TINY)))
+    x0, y = images()
+    x0.fill_(math.nan)
+    assert torch.equal(weights(fit(y, Mask(0.5), Config(**TINY))), expected)
+
+
+def test_same_seed_same_result_and_torchs_generator_is_left_alone():
+    _, y = images()
+    torch.manual_seed(1)
+    first = weights(fit(y, Mask(0.5), Config(**TINY)))
+    after = torch.rand(1)
+    torch.manual_seed(2)
+    assert torch.equal(weights(fit(y, Mask(0.5), Config(**TINY))), first)
+    assert not torch.equal(weights(fit(y, Mask(0.5), Config(**TINY, seed=1))), first)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), after)
+
+
+def test_reconstructions_are_redrawn_each_lap_and_agree_with_the_observations():
+    _, y = images()
+    laps = {}
+    for state in em(y, Mask(0.5), Config(**TINY)):
+        if state.drawn == len(y):
+            laps[state.lap] = state.x0.clone()
+    assert sorted(laps) == [0, 1, 2]
+    assert not torch.equal(laps[1], laps[2])
+    for x in laps.values():
+        assert ((x - y[:, :-1]) * y[:, -1:]).abs().max() < 6 * 1e-3
+
+
+def test_a_lap_starts_from_the_averaged_weights():
+    _, y = images()
+    averages = []
+    for state in em(y, Mask(0.5), Config(**TINY, lr=1e-12)):
+        averages.append(weights(state.model))
+    torch.testing.assert_close(averages[0], averages[-1], atol=1e-8, rtol=0)  # nothing is reset but the optimiser
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 8, 9, 13])  # lap 0, within an M-step, within an E-step, between two laps
+def test_resumed_equals_uninterrupted(stop_at, tmp_path):
+    _, y = images()
+    settings = Settings(**TINY)
+    expected = weights(fit(y, Mask(0.5), settings))
+    for count, state in enumerate(em(y, Mask(0.5), settings), 1):
+        if count == stop_at:
+            save_checkpoint(tmp_path, state, settings, "data")
+            break
+    checkpoint = load_checkpoint(tmp_path)
+    state = restore_state(checkpoint, Mask(0.5), checkpoint["settings"])
+    assert (state.lap, state.step, state.drawn) == (checkpoint["lap"], checkpoint["step"], checkpoint["drawn"])
+    for state in em(y, Mask(0.5), settings, state):
+        pass
+    assert torch.equal(weights(state.model), expected)
+
+
+def test_save_and_load_give_equal_outputs(tmp_path):
+    _, y = images()
+    settings = Settings(**TINY, parameters={"rate": 0.5, "noise": 1e-3})
+    for state in em(y, Mask(0.5), settings):
+        pass
+    save_checkpoint(tmp_path, state, settings, "data")
+    first, second = (sample(m, y, 4, "ddpm", torch.Generator().manual_seed(0)) for m in (state.model, load(tmp_path)))
+    assert torch.equal(first, second)
+    assert not (tmp_path / "checkpoint.tmp").exists()
+
+
+class Payload:
+    def __reduce__(self):
+        return Path("executed").touch, ()
+
+
+def test_loading_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoint.pt").write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(DiffEMError, match="not a checkpoint"):
+        load(tmp_path)
+    torch.save({"settings": Payload()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(DiffEMError, match="not a checkpoint"):
+        load(tmp_path)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_loading_does_not_run_the_users_corruption(tmp_path):
+    _, y = images()
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    settings = Settings(**TINY, corruption=f"{tmp_path / 'own.py'}:Own")
+    for state in em(y, Mask(0.5), settings):
+        break
+    save_checkpoint(tmp_path, state, settings, "data")
+    with pytest.raises(DiffEMError, match="own"):
+        load(tmp_path)
+    assert load(tmp_path, corruption=Mask(0.5)) is not None
+    assert not (tmp_path / "executed").exists()
+
+
+def test_nan_stops_with_lap_and_step():
+    _, y = images()
+    with pytest.raises(DiffEMError, match=r"lap 1, step \d"):
+        fit(y, Mask(0.5), Config(**TINY, lr=1e30))
+
+
+def test_blanked_and_seen_observations_train_one_network(generator):
+    """With blank = 0 no observation is blanked; with 0.9 nine of ten are."""
+    seen = []
+
+    class Spy(Mask):
+        def precondition(self, xt, sigma, y):
+            seen.append((y != 0).flatten(1).any(1).float().mean())
+            return super().precondition(xt, sigma, y)
+
+    for blank, expected in ((0.0, 1.0), (0.9, 0.1)):
+        seen.clear()
+        x0, _ = images()
+        config = Config(**TINY | dict(batch=2000, steps=1), blank=blank)
+        state = diffem.new_state(x0, [2, 8, 8], Spy(0.5), config)
+        diffem.m_step(state, Spy(0.5), config, generator)
+        assert float(seen[0]) == pytest.approx(expected, abs=0.03)
+
+
+def test_augmentation_keeps_images_in_kind(generator):
+    x0 = torch.randn(64, 3, 8, 8, generator=generator).clamp(-2, 2)
+    mirrored = diffem.augment(x0, Config(flip=True), generator)
+    flipped = (mirrored == x0.flip(3)).flatten(1).all(1)
+    assert ((mirrored == x0).flatten(1).all(1) ^ flipped).all() and 10 < flipped.sum() < 54
+    turned = diffem.augment(x0, Config(jitter=True), generator)
+    torch.testing.assert_close(turned.mean(1), x0.mean(1), atol=1e-6, rtol=0)
+    chroma, before = (v - v.mean(1, keepdim=True) for v in (turned, x0))
+    ratio = chroma.flatten(1).norm(dim=1) / before.flatten(1).norm(dim=1)
+    assert (ratio > 0.949).all() and (ratio < 1.051).all() and ratio.std() > 0.01
+    angle = torch.nn.functional.cosine_similarity(chroma, before, dim=1).clamp(-1, 1).arccos() / (2 * math.pi)
+    assert 0.005 < angle.max() < 0.0101
+    assert torch.equal(diffem.augment(x0, Config(), generator), x0)
+
+
+# ---- Metrics
+
+
+def test_psnr_and_ssim(generator):
+    x0 = torch.rand(3, 1, 16, 16, generator=generator) * 4 - 2
+    assert psnr(x0 + 0.4, x0) == pytest.approx(20.0, abs=1e-4)  # a tenth of the range
+    assert ssim(x0, x0) == pytest.approx(1.0, abs=1e-5)
+    # Wang et al.'s formula, window by window
+    x, window = x0 + 0.5 * torch.randn(x0.shape, generator=generator), np.outer(*[np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)] * 2)
+    window /= window.sum()
+    values = []
+    for a, b in zip(x[:, 0].double().numpy(), x0[:, 0].double().numpy()):
+        for i in range(6):
+            for j in range(6):
+                p, q = a[i : i + 11, j : j + 11], b[i : i + 11, j : j + 11]
+                mp, mq = (window * p).sum(), (window * q).sum()
+                vp, vq, c = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum(), (window * (p - mp) * (q - mq)).sum()
+                c1, c2 = 0.04**2, 0.12**2
+                values.append((2 * mp * mq + c1) * (2 * c + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2)))
+    assert ssim(x, x0) == pytest.approx(np.mean(values), abs=1e-4)
+    assert 0 < ssim(x[..., :8, :8], x0[..., :8, :8]) < 1
+
+
+def test_distances_of_point_clouds(generator):
+    x = torch.randn(4000, 5, generator=generator)
+    assert sliced_wasserstein(x, x[torch.randperm(4000)], generator) == pytest.approx(0.0, abs=1e-6)
+    shift = torch.tensor([1.0, 0, 0, 0, 0])
+    assert sliced_wasserstein(x, x + shift, generator, 4000) == pytest.approx(5**-0.5, rel=0.05)  # E u_1^2 = 1/5
+    angle = torch.linspace(0, 2 * math.pi, 10_000)
+    circle = torch.stack([angle.cos(), angle.sin()], 1)
+    assert distance_to_curve(torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 1.0]]), circle) == pytest.approx(2 / 3, abs=1e-3)
+
+
+def test_manifold_is_a_smooth_closed_curve_in_its_box():
+    t = torch.linspace(0, 1, 5001)
+    x = manifold(t, seed=3)
+    assert x.shape == (5001, 5) and float(x.amin()) >= -2.001 and float(x.amax()) <= 2.001
+    torch.testing.assert_close(x.amin(0), torch.full((5,), -2.0), atol=1e-3, rtol=0)
+    torch.testing.assert_close(x[0], x[-1], atol=1e-5, rtol=0)
+    assert (x[1:] - x[:-1]).norm(dim=1).max() < 0.02
+    assert not torch.equal(x, manifold(t, seed=4))
+
+
+@pytest.mark.parametrize("corruption", [Mask(0.5, 0.1), Projection(2, 0.1)])
+def test_residual_and_spread_of_the_true_posterior(corruption, generator):
+    """Lap 0 with the data's own Gaussian: y - A x of exact posterior samples, and calibrated spread."""
+    shape = [1, 8, 8] if isinstance(corruption, Mask) else [5]
+    d = math.prod(shape)
+    prior = GaussianPrior(torch.zeros(shape), torch.randn(d, 3, generator=generator), 0.3, corruption)
+    x0 = prior.sample(2000, generator)
+    y = corruption(x0, generator)
+    settings = Settings(dataset="digits" if len(shape) == 3 else "manifold", samples=8,
+                        corruption="mask" if len(shape) == 3 else "projection")  # fmt: skip
+    state = diffem.new_state(x0, list(y.shape[1:]), corruption, settings)
+    state.prior = prior
+    metrics, samples = evaluate(state, y, x0, corruption, settings)
+    # y - A x = s eps - A (x - x0): posterior and truth are alike, so its variance is that of y' - y with y' drawn from x
+    error = (samples["mean"] - x0).square().mean()
+    assert metrics["spread"] == pytest.approx(float((error / (1 + 1 / 8)).sqrt()), rel=0.03)
+    assert 0.8 < metrics["residual"] < 1.05
