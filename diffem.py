@@ -725,7 +725,7 @@ def em(y: Tensor, corruption: Corruption, config: Config, state: State | None = 
     corruption = corruption.to(y.device)
     if state is None:
         generator = generator_for(y.device, config.seed, 0, 1)
-        prior = fit_prior(y[:4096], corruption, config.prior_rank, config.prior_laps, generator)
+        prior = fit_prior(y[:4096], corruption, config.prior_rank, config.prior_laps, generator)  # enough for a Gaussian
         state = new_state(prior.posterior(y, generator), list(y.shape[1:]), corruption, config)
         state.prior, state.drawn = prior, len(y)
         yield state
@@ -830,7 +830,7 @@ PUBLISHED = dict(
 )  # fmt: skip
 # What each data set changes of the defaults above, which are the digits' own
 PRESETS = {
-    ("digits", "small"): dict(rate=0.5),
+    ("digits", "small"): dict(parameters=dict(rate=0.5)),
     ("manifold", "small"): dict(
         corruption="projection", channels=(256, 256, 256), laps=16, steps=1024, batch=1024, lr=1e-3, ema=0.995,
         sigma_max=10.0, sample_steps=64, sample_batch=16384, prior_rank=4, prior_laps=16, held_out=4096,
@@ -993,9 +993,10 @@ def evaluate(state: State, y: Tensor, x0: Tensor, corruption: Corruption, settin
     x = torch.stack([draw(y) for _ in range(settings.samples)])  # (samples, B, ...)
     prior = state.prior.sample(len(y), generator) if state.prior else draw(torch.zeros_like(y))
     samples = dict(x=x, mean=x.mean(0), std=x.std(0), prior=prior)
-    error = (corruption.value(y) - corruption.measure(x[0], y)).square().sum()
-    metrics = {"residual": math.sqrt(error / observed_values(y, corruption)) / (corruption.noise or 4 / 255)}
-    metrics["spread"] = float(samples["std"].square().mean().sqrt())
+    error = corruption.value(y) - corruption.measure(x[0], y)  # 0 where nothing was observed
+    observed = y[:, -1:].expand_as(error).sum().clamp_min(1) if y.ndim == 4 else error.numel()
+    residual = float((error.square().sum() / observed).sqrt()) / (corruption.noise or 4 / 255)
+    metrics = dict(residual=residual, spread=float(samples["std"].square().mean().sqrt()))
     if y.ndim == 4:
         metrics |= dict(psnr=psnr(x[0], x0), psnr_mean=psnr(samples["mean"], x0))
         metrics |= dict(ssim=ssim(x[0], x0), ssim_mean=ssim(samples["mean"], x0))
@@ -1009,11 +1010,6 @@ def evaluate(state: State, y: Tensor, x0: Tensor, corruption: Corruption, settin
             level = torch.full(y.shape[:1], sigma, device=y.device)
             metrics[f"loss_{sigma:g}"] = float(denoising_loss(state.model, x[0], fresh, level, generator).mean())
     return metrics, samples
-
-
-def observed_values(y: Tensor, corruption: Corruption) -> int:
-    value = corruption.value(y)
-    return max(1, int(y[:, -1:].expand_as(value).sum()) if y.ndim == 4 else value.numel())
 
 
 def picture_images(path: Path, y: Tensor, x0: Tensor, samples: dict, corruption: Corruption) -> None:
@@ -1147,8 +1143,8 @@ def corruption_class(name: str, trusted: bool = True) -> type[Corruption]:
 def parameters_of(corruption: type[Corruption]) -> dict:
     """The arguments of a corruption, with their defaults."""
     parameters = {name: p.default for name, p in inspect.signature(corruption).parameters.items()}
-    clash = [name for name, v in parameters.items() if v is inspect.Parameter.empty or name in Settings.__dataclass_fields__]
-    require(not clash, f"{corruption.__name__}: the arguments {clash} need a default, and a name that no other flag has")
+    open_ended = [name for name, default in parameters.items() if default is inspect.Parameter.empty]
+    require(not open_ended, f"{corruption.__name__}: the arguments {open_ended} need defaults")
     return parameters
 
 
@@ -1157,71 +1153,63 @@ class Parser(argparse.ArgumentParser):
         raise DiffEMError(message)
 
 
-def make_parser(corruption: str, parameters: dict) -> Parser:
-    described = "; ".join(f"{n} {describe(parameters_of(c))}" for n, c in CORRUPTIONS.items())
+def make_parser() -> Parser:
+    """Flags without defaults, so that those given can be told from the rest."""
+    corruptions = "; ".join(f"{name} {describe(parameters_of(c))}" for name, c in CORRUPTIONS.items())
+    presets = "; ".join(f"{' '.join(key)} {describe(values)}" for key, values in PRESETS.items())
     parser = Parser(
         description="DiffEM: learn to restore images, and a model of the clean ones, from corrupted images alone.",
-        epilog="The defaults shown are those of --dataset, --preset and --corruption: give these with --help to see others. "
-        f"Corruptions: {described}",
-        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=30, width=110),
-        allow_abbrev=False,
-    )
-
-    def add(group, name: str, default, help: str) -> None:
-        kind = dict(action=argparse.BooleanOptionalAction) if isinstance(default, bool) else dict(type=type(default))
-        if isinstance(default, tuple):
-            kind = dict(type=int, nargs="*")
-        group.add_argument("--" + name.replace("_", "-"), default=default, help=help, **kind)
-
-    data, method = parser.add_argument_group("data and corruption"), parser.add_argument_group("method")
-    for f in fields(Settings):
-        if f.name != "parameters":
-            add(method if f.name in Config.__dataclass_fields__ else data, f.name, f.default, f.metadata["help"])
-    for name, default in parameters.items():
-        add(data, name, default, f"parameter of {corruption}")
-    run = parser.add_argument_group("run")
-    run.add_argument("--name", help="folder below runs/; if none is given, named after data set and corruption")
-    run.add_argument("--resume", metavar="runs/NAME", help="go on with this run; it may be given more --laps")
-    run.add_argument("--device", default="auto", help="auto, cpu or cuda")
+        epilog=f"Corruptions, with their own flags and defaults: {corruptions}. What presets change: {presets}.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110),
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
+    )  # fmt: skip
+    run, data, method = (parser.add_argument_group(title) for title in ("run", "data and corruption", "method"))
+    run.add_argument("--name", help="folder below runs/ (default: data set, corruption and a number)")
+    run.add_argument("--resume", metavar="runs/NAME", help="go on with this run, which may be given more --laps")
+    run.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     run.add_argument("--dry-run", action="store_true", help="print the settings, the size and the cost, and stop")
+    for f in fields(Settings):
+        if isinstance(f.default, bool):
+            kind = dict(action=argparse.BooleanOptionalAction)
+        else:
+            kind = dict(type=int, nargs="*") if isinstance(f.default, tuple) else dict(type=type(f.default))
+        if f.name != "parameters":
+            group, text = method if f.name in Config.__dataclass_fields__ else data, f.metadata["help"]
+            group.add_argument("--" + f.name.replace("_", "-"), help=f"{text} (default: {f.default})", **kind)
     return parser
 
 
-def parse(argv: list[str]) -> tuple[Settings, argparse.Namespace]:
-    """The settings, and the flags of this start alone (name, resume, device, dry_run).
+def parse(argv: list[str]) -> tuple[Settings, dict]:
+    """The settings, and the flags of this start alone: device, and name, resume or dry_run where given.
 
-    A flag that is not given has the value of the run to resume; else of the data set's preset; else its default.
+    A setting not given as a flag has the value of the run to resume; else of the data set's preset; else its default.
     """
-    first = Parser(add_help=False, allow_abbrev=False)
-    for flag in ("--dataset", "--preset", "--corruption", "--resume", "--device"):
-        first.add_argument(flag)
-    given, _ = first.parse_known_args(argv)
-    require(given.device in (None, "auto", "cpu", "cuda"), f"unknown device {given.device!r}: auto, cpu or cuda")
-    require(given.device != "cuda" or torch.cuda.is_available(), "no CUDA device can be used here: --device cpu")
-    cuda = torch.cuda.is_available() and given.device != "cpu"
-    saved = asdict(load_checkpoint(given.resume)["settings"]) if given.resume else {}
+    options, rest = make_parser().parse_known_args(argv)
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(options).items()}
+    start = {name: given.pop(name) for name in ("device", "name", "resume", "dry_run") if name in given}
+    require(start["device"] in ("auto", "cpu", "cuda"), f"unknown device {start['device']!r}: auto, cpu or cuda")
+    require(start["device"] != "cuda" or torch.cuda.is_available(), "no CUDA device can be used here: --device cpu")
+    start["device"] = "cuda" if torch.cuda.is_available() and start["device"] != "cpu" else "cpu"
+    require("name" not in start or "resume" not in start, "--resume goes on in the run's own folder: no --name")
+    saved = asdict(load_checkpoint(start["resume"])["settings"]) if "resume" in start else {}
 
-    dataset = saved.get("dataset") or given.dataset or "digits"
-    datasets = dict.fromkeys(name for name, _ in PRESETS)
-    require(dataset in datasets, f"unknown data set {dataset!r}: {', '.join(datasets)}")
-    best = "published" if cuda and (dataset, "published") in PRESETS else "small"
-    preset = saved.get("preset") or given.preset or best
+    dataset = (given | saved).get("dataset", "digits")
     presets = [p for d, p in PRESETS if d == dataset]
+    require(presets, f"unknown data set {dataset!r}: {', '.join(dict.fromkeys(d for d, _ in PRESETS))}")
+    best = "published" if start["device"] == "cuda" and "published" in presets else "small"
+    preset = (given | saved).get("preset", best)
     require(preset in presets, f"{dataset} has no preset {preset!r}: {', '.join(presets)}")
-    values = PRESETS[dataset, preset] | saved
-    corruption = given.corruption or values.get("corruption", "mask")
-    parameters = parameters_of(corruption_class(corruption, trusted=bool(given.corruption)))
-
-    parser = make_parser(corruption, parameters)
-    parser.set_defaults(**values | saved.get("parameters", {}) | dict(dataset=dataset, preset=preset, corruption=corruption))
-    options = parser.parse_args(argv)
-    options.device = "cuda" if cuda else "cpu"
-    options.parameters = {name: getattr(options, name) for name in parameters}
-    values = {f.name: getattr(options, f.name) for f in fields(Settings)}
-    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    values = dict(dataset=dataset, preset=preset) | PRESETS[dataset, preset] | saved
+    corruption = corruption_class((values | given).get("corruption", "mask"), trusted="corruption" in given)
+    own = Parser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for name, default in parameters_of(corruption).items():
+        own.add_argument("--" + name.replace("_", "-"), type=type(default))
+    preset_parameters = {k: v for k, v in values.get("parameters", {}).items() if k in parameters_of(corruption)}
+    given["parameters"] = parameters_of(corruption) | preset_parameters | vars(own.parse_args(rest))
     for name in saved.keys() - {"laps", "data_dir"}:
-        require(values[name] == saved[name], f"{given.resume} was made with {name} {saved[name]}, not {values[name]}")
-    return Settings(**values), options
+        now = given.get(name, saved[name])
+        require(now == saved[name], f"{start['resume']} was made with {name} {saved[name]}, not {now}")
+    return Settings(**values | given), start
 
 
 def describe(parameters: dict) -> str:
@@ -1304,17 +1292,19 @@ def stop_signals():
         signal.signal(number, signal.SIG_DFL)
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield received
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def train(y: Tensor, held_out: tuple, corruption: Corruption, settings: Settings, folder: Path, state: State | None) -> int:
+def train(y: Tensor, data: str, held_out: tuple, corruption: Corruption, settings: Settings, folder: Path, state) -> int:
     """EM with a progress bar, a report a lap, and a checkpoint a lap and every three minutes. Returns the exit code.
 
-    held_out: observations for the metrics, and their truth.
+    data: a hash of y, to be kept; held_out: observations for the metrics, and their truth; state: to go on from, or None.
     """
-    data, history = hashlib.sha256(y.cpu().numpy().tobytes()).hexdigest(), []
+    history = []
     if state:
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         history = [line for line in map(json.loads, lines) if line["lap"] < state.lap + (state.drawn == len(y))]
@@ -1347,9 +1337,9 @@ def train(y: Tensor, held_out: tuple, corruption: Corruption, settings: Settings
 
 
 def run(argv: list[str]) -> int:
-    settings, options = parse(argv)
-    corruption = corruption_class(settings.corruption)(**settings.parameters)
-    if options.dry_run:
+    settings, start = parse(argv)
+    device, corruption = start["device"], corruption_class(settings.corruption)(**settings.parameters)
+    if "dry_run" in start:
         shape, number = shape_and_number(settings)
         parameters, flops, size = cost(settings, corruption, shape, number)
         print(json.dumps(asdict(settings), indent=1))
@@ -1357,25 +1347,25 @@ def run(argv: list[str]) -> int:
         print(f"{settings.laps} laps of {settings.steps} steps, {number} x {settings.sample_steps} evaluations to sample")
         print(f"{flops / 1e15:.3g} PFLOP, about {size / 2**30:.2f} GiB")
         return 0
-    if (settings.dataset, "published") in PRESETS and settings.preset == "small" and options.device == "cpu":
+    if (settings.dataset, "published") in PRESETS and settings.preset == "small" and device == "cpu":
         published, _ = parse(argv + ["--preset", "published"])
         days = cost(published, corruption, *shape_and_number(published))[1] / flops_a_second() / 86400
         print(f"no GPU, so the small preset: the published one would take at least {days:.0f} days here (--preset published)")
     x0, x0_held_out = load_data(settings)
     generator = generator_for("cpu", settings.seed, 0, 0)
-    y, y_held_out = (corrupt(x, corruption, generator).to(options.device) for x in (x0, x0_held_out))
+    y, y_held_out = (corrupt(x, corruption, generator).to(device) for x in (x0, x0_held_out))
     del x0  # nobody sees it from here on
     require(bool(y.isfinite().all()), f"the corruption {settings.corruption} gives values that are not finite")
-    if options.resume:
-        folder, checkpoint = Path(options.resume), load_checkpoint(options.resume, options.device)
-        data = hashlib.sha256(y.cpu().numpy().tobytes()).hexdigest()
+    data, state = hashlib.sha256(y.cpu().numpy().tobytes()).hexdigest(), None
+    if "resume" in start:
+        folder, checkpoint = Path(start["resume"]), load_checkpoint(start["resume"], device)
         require(data == checkpoint["data"], f"{folder} was made from other data")
         state = restore_state(checkpoint, corruption, settings)
     else:
-        folder, state = new_folder(options.name, settings), None
+        folder = new_folder(start.get("name"), settings)
     (folder / "config.json").write_text(json.dumps(asdict(settings), indent=1) + "\n")
-    print(f"{folder}: {len(y)} observations, {settings.corruption} {describe(settings.parameters)}, {options.device}")
-    return train(y, (y_held_out, x0_held_out.to(options.device)), corruption, settings, folder, state)
+    print(f"{folder}: {len(y)} observations, {settings.corruption} {describe(settings.parameters)}, {device}")
+    return train(y, data, (y_held_out, x0_held_out.to(device)), corruption, settings, folder, state)
 
 
 def main(argv: list[str] | None = None) -> int:
