@@ -517,7 +517,7 @@ class Denoiser(nn.Module):
     def __init__(self, x_shape: list, y_shape: list, corruption: Corruption, config: Config):
         """x_shape, y_shape: of one x and one y, without the batch."""
         super().__init__()
-        self.corruption = corruption
+        self.corruption, self.x_shape, self.y_shape = corruption, x_shape, y_shape
         self.sigma_min, self.sigma_max = config.sigma_min, config.sigma_max
         if len(x_shape) == 3:
             self.network = UNet(2 * x_shape[0] + y_shape[0], x_shape[0], config)
@@ -833,7 +833,7 @@ PRESETS = {
     ("digits", "small"): dict(parameters=dict(rate=0.5)),
     ("manifold", "small"): dict(
         corruption="projection", channels=(256, 256, 256), laps=16, steps=1024, batch=1024, lr=1e-3, ema=0.995,
-        sigma_max=10.0, sample_steps=64, sample_batch=16384, prior_rank=4, prior_laps=16, held_out=4096,
+        sigma_max=10.0, sample_steps=64, sample_batch=16384, prior_rank=4, prior_laps=16, held_out=4096, samples=2,
     ),
     ("mnist", "small"): SMALL | dict(limit=10_000),
     ("fashion_mnist", "small"): SMALL | dict(limit=10_000, flip=True),
@@ -845,8 +845,8 @@ PRESETS = {
     ),
     ("folder", "small"): SMALL | dict(flip=True),
 }  # fmt: skip
-SHAPES = {  # of one x0, and how many there are to train on
-    "digits": ([1, 8, 8], 1541), "manifold": ([5], 16384), "mnist": ([1, 28, 28], 60_000),
+SHAPES = {  # of one x0, and how many there are
+    "digits": ([1, 8, 8], 1797), "manifold": ([5], 16384), "mnist": ([1, 28, 28], 60_000),
     "fashion_mnist": ([1, 28, 28], 60_000), "cifar10": ([3, 32, 32], 50_000), "celeba": ([3, 64, 64], 162_770),
 }  # fmt: skip
 
@@ -1068,7 +1068,7 @@ def save_checkpoint(folder: Path, state: State, settings: Settings, data: str) -
     """Writes checkpoint.pt, of tensors and plain types alone; a failure leaves the one before whole."""
     state.check()
     checkpoint = dict(
-        settings=asdict(settings), data=data, x_shape=list(state.x0.shape[1:]), lap=state.lap, step=state.step,
+        settings=asdict(settings), data=data, y_shape=state.denoiser.y_shape, lap=state.lap, step=state.step,
         drawn=state.drawn, x0=state.x0, losses=state.losses, denoiser=state.denoiser.state_dict(),
         average=state.average.state_dict(), optimizer=state.optimizer.state_dict(),
     )  # fmt: skip
@@ -1091,10 +1091,23 @@ def load_checkpoint(folder: str | Path, device="cpu") -> dict:
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         checkpoint["settings"] = Settings(**checkpoint["settings"])
-        assert {"data", "x_shape", "lap", "step", "drawn", "x0", "denoiser", "average", "optimizer"} <= checkpoint.keys()
     except Exception as error:  # junk raises many kinds
         raise DiffEMError(f"{path} is not a checkpoint of DiffEM, or not a whole one") from error
     return checkpoint
+
+
+def restore_state(checkpoint: dict, corruption: Corruption, config: Config) -> State:
+    """The state that `save_checkpoint` was given, on the device that the checkpoint was loaded to."""
+    try:
+        state = new_state(checkpoint["x0"], checkpoint["y_shape"], corruption, config)
+        state.denoiser.load_state_dict(checkpoint["denoiser"])
+        state.average.load_state_dict(checkpoint["average"])
+        state.optimizer.load_state_dict(checkpoint["optimizer"])
+        state.losses[:] = checkpoint["losses"]
+        state.lap, state.step, state.drawn = checkpoint["lap"], checkpoint["step"], checkpoint["drawn"]
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise DiffEMError("the weights in the checkpoint are not those of its own settings") from error
+    return state
 
 
 def load(folder: str | Path, device="cpu", corruption: Corruption | None = None) -> Denoiser:
@@ -1102,21 +1115,7 @@ def load(folder: str | Path, device="cpu", corruption: Corruption | None = None)
     checkpoint = load_checkpoint(folder, device)
     settings = checkpoint["settings"]
     corruption = corruption or corruption_class(settings.corruption, trusted=False)(**settings.parameters)
-    state = restore_state(checkpoint, corruption, settings)
-    return state.model
-
-
-def restore_state(checkpoint: dict, corruption: Corruption, config: Config) -> State:
-    """The state that `save_checkpoint` was given, on the device that the checkpoint was loaded to."""
-    x0 = checkpoint["x0"]
-    y_shape = list(corruption.cpu()(torch.zeros(1, *x0.shape[1:]), torch.Generator()).shape[1:])
-    state = new_state(x0, y_shape, corruption, config)
-    state.denoiser.load_state_dict(checkpoint["denoiser"])
-    state.average.load_state_dict(checkpoint["average"])
-    state.optimizer.load_state_dict(checkpoint["optimizer"])
-    state.losses[:] = checkpoint["losses"]
-    state.lap, state.step, state.drawn = checkpoint["lap"], checkpoint["step"], checkpoint["drawn"]
-    return state
+    return restore_state(checkpoint, corruption, settings).model
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -1220,9 +1219,10 @@ def shape_and_number(settings: Settings) -> tuple[list, int]:
     """Of the images that a run trains on, as far as can be told without reading them."""
     if settings.dataset == "folder":
         files = image_files(settings.data_dir)
-        shape, number = list(read_images(files[:1], settings).shape[1:]), len(files) - settings.held_out
+        shape, number = list(read_images(files[:1], settings).shape[1:]), len(files)
     else:
         shape, number = SHAPES[settings.dataset]
+    number -= settings.held_out if settings.dataset in ("digits", "folder") else 0  # the others have a test set
     return shape, min(number, settings.limit or number)
 
 

@@ -263,6 +263,11 @@ def test_bad_checkpoints_and_folders(tmp_path, monkeypatch, capsys):
         assert "not a checkpoint" in fails(["--resume", "runs/one"], tmp_path, monkeypatch, capsys)
     torch.save({"weights": torch.zeros(3)}, path)
     assert "not a checkpoint" in fails(["--resume", "runs/one"], tmp_path, monkeypatch, capsys)
+    path.write_bytes(whole)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["settings"]["channels"] = (16, 8)
+    torch.save(checkpoint, path)
+    assert "not those of its own settings" in fails(["--resume", "runs/one", "--laps", 2], tmp_path, monkeypatch, capsys)
 
 
 def test_a_run_on_other_data_is_not_resumed(photos, tmp_path, monkeypatch, capsys):
