@@ -80,7 +80,7 @@ class Config:
     laps: int = setting(5, "EM iterations")
     steps: int = setting(400, "optimiser steps a lap")
     batch: int = setting(64, "images a step")
-    lr: float = setting(2e-3, "learning rate of Adam")
+    lr: float = setting(1e-3, "learning rate of Adam")
     clip: float = setting(1.0, "largest norm of the gradient")
     ema: float = setting(0.99, "decay of the moving average of the weights, from which the E-step samples")
     blank: float = setting(0.1, "share of the M-step's observations that are blanked, to learn the prior")
@@ -823,7 +823,7 @@ class Settings(Config):
             require(not alien, f"{alien} are for --dataset folder")
 
 
-SMALL = dict(channels=(16, 32, 64), steps=1000, lr=1e-3, ema=0.995, laps=8, sample_batch=256, prior_rank=64, prior_laps=16)
+SMALL = dict(channels=(16, 32, 64), steps=1000, ema=0.995, laps=8, sample_batch=256, prior_rank=64, prior_laps=16)
 PUBLISHED = dict(
     blocks=5, dropout=0.1, laps=20, steps=50_000, batch=256, ema=0.9999, flip=True, jitter=True, sample_steps=256,
     sample_batch=1024, prior_laps=16,
@@ -832,7 +832,7 @@ PUBLISHED = dict(
 PRESETS = {
     ("digits", "small"): dict(parameters=dict(rate=0.5)),
     ("manifold", "small"): dict(
-        corruption="projection", channels=(256, 256, 256), laps=16, steps=1024, batch=1024, lr=1e-3, ema=0.995,
+        corruption="projection", channels=(256, 256, 256), laps=16, steps=1024, batch=1024, ema=0.995,
         sigma_max=10.0, sample_steps=64, sample_batch=16384, prior_rank=4, prior_laps=16, held_out=4096, samples=2,
     ),
     ("mnist", "small"): SMALL | dict(limit=10_000),
