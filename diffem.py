@@ -104,8 +104,9 @@ class Config:
         require(0 < self.sigma_min < self.sigma_max, "sigma_min must be above 0 and below sigma_max")
         require(self.method in METHODS, f"unknown method {self.method!r}: {' or '.join(METHODS)}")
         require(self.seed >= 0, f"seed must not be negative, as is {self.seed}")
-        uneven = [self.channels[i] for i in self.attention if i < len(self.channels) and self.channels[i] % self.heads]
-        require(not uneven, f"{self.heads} heads do not divide {uneven} channels")
+        levels = range(len(self.channels))
+        odd = [i for i in self.attention if i not in levels or self.channels[i] % self.heads]
+        require(not odd, f"attention at {odd} needs levels in 0 to {levels[-1]}, of channels that {self.heads} heads divide")
 
 
 METHODS = ("ddpm", "ddim")
@@ -154,7 +155,7 @@ class Corruption(nn.Module):
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """y ~ Q(. | x): (B, C, H, W) -> (B, C + 1, H, W)."""
-        return self.observe(x, torch.cat([x, self.mask(x, generator)], 1), generator)
+        return self.observe(x, torch.cat([torch.zeros_like(x), self.mask(x, generator)], 1), generator)
 
     def observe(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """A new observation A(x) + s eps of x, with the mask of y."""
@@ -374,13 +375,14 @@ class Projection(Corruption):
     def precondition(self, xt: Tensor, sigma: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         A, value = y[..., :-1], y[..., -1:]  # (B, rows, d), (B, rows, 1)
         variance, mean = (sigma**2 / (sigma**2 + 1))[..., None], (xt / (sigma**2 + 1))[..., None]
-        identity = torch.eye(A.shape[2], dtype=xt.dtype, device=xt.device)
         # mean += v A^T (v A A^T + s^2 I)^-1 (y - A mean)
         S = variance * (A @ A.mT) + self.noise**2 * torch.eye(A.shape[1], dtype=xt.dtype, device=xt.device)
         mean = mean + variance * A.mT @ torch.linalg.solve(S, value - A @ mean)
-        # precision I / v + A^T A / s^2 = L L^T, so that L^-T is a root of the covariance
-        L = torch.linalg.cholesky(identity / variance + A.mT @ A / self.noise**2)
-        return mean[..., 0], torch.linalg.solve_triangular(L, identity.expand_as(L), upper=False).mT
+        # A^T A = V diag(l) V^T,  root = V diag(1 / v + l / s^2)^(-1/2) V^T. This root, the symmetric one, is sqrt(v) I on all
+        # that A does not see: there F corrects x0 itself. A triangular one varies with A, and F would have to learn how.
+        eigenvalues, V = torch.linalg.eigh(A.mT @ A)
+        scale = (1 / variance + eigenvalues[:, None].clamp_min(0) / self.noise**2).rsqrt()  # (B, 1, d)
+        return mean[..., 0], (V * scale) @ V.mT
 
 
 CORRUPTIONS = dict(mask=Mask, block=Block, blur=Blur, downsample=Downsample, noise=Noise, jpeg=Jpeg, projection=Projection)
@@ -399,6 +401,11 @@ def zeroed(layer: nn.Module) -> nn.Module:
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def group_norm(channels: int, affine: bool = True) -> nn.GroupNorm:
+    """Groups of 16 channels, or a single one."""
+    return nn.GroupNorm(channels // 16 if channels % 16 == 0 else 1, channels, affine=affine)
 
 
 class Attention(nn.Module):
@@ -424,7 +431,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, emb: int, heads: int, dropout: float):
         super().__init__()
-        self.norm = nn.GroupNorm(max(1, channels // 16), channels, affine=False)
+        self.norm = group_norm(channels, affine=False)
         self.modulation = zeroed(nn.Linear(emb, 3 * channels))
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.dropout = nn.Dropout(dropout)
@@ -471,7 +478,7 @@ class UNet(nn.Module):
         for i in range(coarsest, -1, -1):  # which is joined with its own encoder's output
             self.up.append(nn.Conv2d(channels[min(i + 1, coarsest)] + channels[i], channels[i], 3, padding=1))
             self.decoder.append(blocks(i))
-        self.norm = nn.GroupNorm(max(1, channels[0] // 16), channels[0])
+        self.norm = group_norm(channels[0])
         self.out = zeroed(nn.Conv2d(channels[0], outputs, 3, padding=1))
 
     def forward(self, xt: Tensor, mean: Tensor, y: Tensor, log_sigma: Tensor) -> Tensor:
@@ -1347,7 +1354,7 @@ def run(argv: list[str]) -> int:
         print(f"{settings.laps} laps of {settings.steps} steps, {number} x {settings.sample_steps} evaluations to sample")
         print(f"{flops / 1e15:.3g} PFLOP, about {size / 2**30:.2f} GiB")
         return 0
-    if (settings.dataset, "published") in PRESETS and settings.preset == "small" and device == "cpu":
+    if (settings.dataset, "published") in PRESETS and settings.preset == "small" and device == "cpu" and "resume" not in start:
         published, _ = parse(argv + ["--preset", "published"])
         days = cost(published, corruption, *shape_and_number(published))[1] / flops_a_second() / 86400
         print(f"no GPU, so the small preset: the published one would take at least {days:.0f} days here (--preset published)")

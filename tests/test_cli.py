@@ -96,6 +96,25 @@ def test_script_on_a_folder_in_colour_and_on_mnist_files(photos, tmp_path):
     check_run(tmp_path / "runs" / "fashion_mnist-mask-1")
 
 
+class FakeCIFAR10:
+    """torchvision's class, as far as it is used, without the download."""
+
+    def __init__(self, root, train, download):
+        assert download
+        self.data = np.random.default_rng(train).integers(0, 255, (50 if train else 20, 32, 32, 3)).astype(np.uint8)
+
+
+def test_cifar10_without_a_gpu_takes_the_small_preset_and_resumes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCIFAR10)
+    monkeypatch.chdir(tmp_path)
+    assert diffem.main([*SMALL, "--dataset", "cifar10", "--device", "cpu"]) == 0
+    assert re.search(r"no GPU, so the small preset: the published one would take at least \d+ days", capsys.readouterr().out)
+    assert diffem.main(["--resume", "runs/cifar10-mask-1", "--laps", "2", "--device", "cpu"]) == 0
+    check_run(tmp_path / "runs/cifar10-mask-1", laps=2)
+    saved = json.loads((tmp_path / "runs/cifar10-mask-1/config.json").read_text())
+    assert saved["preset"] == "small" and saved["flip"] and saved["parameters"]["rate"] == 0.75
+
+
 OWN = """
 from diffem import Corruption
 
@@ -211,6 +230,7 @@ def fails(arguments, cwd, monkeypatch, capsys) -> str:
         ("--laps 0", "laps must be at least 1"),
         ("--sigma-max 1e-4", "sigma_min"),
         ("--attention 1 --heads 5", "5 heads"),
+        ("--attention 2", "levels in 0 to 1"),
         ("--held-out 2000", "too few"),
         ("--image-size 16", "--dataset folder"),
         ("--device tpu", "unknown device 'tpu'"),
