@@ -705,8 +705,8 @@ class State:
     def check(self) -> None:
         """Raises DiffEMError where a loss of this lap is not finite."""
         bad = (~self.losses[: self.step].isfinite()).nonzero()
-        require(not len(bad), f"the loss is not finite in lap {self.lap}, step {int(bad[0]) + 1 if len(bad) else 0}: "
-                "a lower --lr may help")  # fmt: skip
+        if len(bad):
+            raise DiffEMError(f"the loss is not finite in lap {self.lap}, step {int(bad[0]) + 1}: a lower --lr may help")
 
 
 def new_optimizer(denoiser: Denoiser, config: Config) -> tuple[AveragedModel, torch.optim.Optimizer]:
@@ -1186,7 +1186,7 @@ def make_parser() -> Parser:
 
 
 def parse(argv: list[str]) -> tuple[Settings, dict]:
-    """The settings, and the flags of this start alone: device, and name, resume or dry_run where given.
+    """The settings, and the flags of this start alone: device, and name, dry_run or resume, with its checkpoint, where given.
 
     A setting not given as a flag has the value of the run to resume; else of the data set's preset; else its default.
     """
@@ -1197,7 +1197,10 @@ def parse(argv: list[str]) -> tuple[Settings, dict]:
     require(start["device"] != "cuda" or torch.cuda.is_available(), "no CUDA device can be used here: --device cpu")
     start["device"] = "cuda" if torch.cuda.is_available() and start["device"] != "cpu" else "cpu"
     require("name" not in start or "resume" not in start, "--resume goes on in the run's own folder: no --name")
-    saved = asdict(load_checkpoint(start["resume"])["settings"]) if "resume" in start else {}
+    saved = {}
+    if "resume" in start:
+        start["checkpoint"] = load_checkpoint(start["resume"], start["device"])
+        saved = asdict(start["checkpoint"]["settings"])
 
     dataset = (given | saved).get("dataset", "digits")
     presets = [p for d, p in PRESETS if d == dataset]
@@ -1365,7 +1368,7 @@ def run(argv: list[str]) -> int:
     require(bool(y.isfinite().all()), f"the corruption {settings.corruption} gives values that are not finite")
     data, state = hashlib.sha256(y.cpu().numpy().tobytes()).hexdigest(), None
     if "resume" in start:
-        folder, checkpoint = Path(start["resume"]), load_checkpoint(start["resume"], device)
+        folder, checkpoint = Path(start["resume"]), start["checkpoint"]
         require(data == checkpoint["data"], f"{folder} was made from other data")
         state = restore_state(checkpoint, corruption, settings)
     else:
