@@ -86,7 +86,7 @@ class Config:
     blank: float = setting(0.1, "share of the M-step's observations that are blanked, to learn the prior")
     flip: bool = setting(False, "mirror images at random in the M-step")
     jitter: bool = setting(False, "change hue and saturation slightly in the M-step")
-    method: str = setting("ddpm", "sampler: ddpm or ddim")
+    method: str = setting("ddpm", "sampler: ddpm, ddim or dpm2m")
     sample_steps: int = setting(16, "network evaluations to sample an image")
     sample_batch: int = setting(512, "images sampled at once")
     prior_rank: int = setting(32, "rank of the Gaussian prior's covariance")
@@ -102,14 +102,11 @@ class Config:
             require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), not {getattr(self, name)}")
         require(self.lr > 0 and self.clip > 0, "lr and clip must be above 0")
         require(0 < self.sigma_min < self.sigma_max, "sigma_min must be above 0 and below sigma_max")
-        require(self.method in METHODS, f"unknown method {self.method!r}: {' or '.join(METHODS)}")
+        sampler(self.method, self.sample_steps, self.sigma_min, self.sigma_max)  # raises where there is no such method
         require(self.seed >= 0, f"seed must not be negative, as is {self.seed}")
         levels = range(len(self.channels))
         odd = [i for i in self.attention if i not in levels or self.channels[i] % self.heads]
         require(not odd, f"attention at {odd} needs levels in 0 to {levels[-1]}, of channels that {self.heads} heads divide")
-
-
-METHODS = ("ddpm", "ddim")
 
 
 def generator_for(device, *key: int) -> torch.Generator:
@@ -174,7 +171,7 @@ class Corruption(nn.Module):
         """What was measured: (B, C + 1, H, W) -> (B, C, H, W)."""
         return y[:, :-1]
 
-    def clean_shape(self, y: Tensor) -> list:
+    def clean_shape(self, y: Tensor) -> list[int]:
         """The shape of the x that y observes."""
         return list(self.value(y).shape)
 
@@ -369,7 +366,7 @@ class Projection(Corruption):
     def value(self, y: Tensor) -> Tensor:
         return y[..., -1]
 
-    def clean_shape(self, y: Tensor) -> list:
+    def clean_shape(self, y: Tensor) -> list[int]:
         return [y.shape[0], y.shape[-1] - 1]
 
     def precondition(self, xt: Tensor, sigma: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -482,7 +479,7 @@ class UNet(nn.Module):
         self.out = zeroed(nn.Conv2d(channels[0], outputs, 3, padding=1))
 
     def forward(self, xt: Tensor, mean: Tensor, y: Tensor, log_sigma: Tensor) -> Tensor:
-        emb = self.emb(log_sigma)
+        emb = self.emb(log_sigma).to(xt.dtype)
         x = torch.cat([xt, mean, y], 1)
         skips: list[Tensor] = []
         for down, blocks in zip(self.down, self.encoder):
@@ -565,25 +562,40 @@ def denoising_loss(denoiser: Denoiser, x0: Tensor, y: Tensor, sigma: Tensor, gen
     return loss / x0[0].numel()
 
 
+def sampler(method: str, steps: int, sigma_min: float, sigma_max: float) -> list[tuple[float, float, float, float, float]]:
+    """Each step's noise level sigma_t and coefficients a, b, c, d of  xs = a xt + b D + c D_before + d eps,  where D is
+    the denoiser's estimate, D_before that of the step before. Down log-uniform levels from sigma_max to sigma_min, then 0.
+
+    From sigma_t to the next lower level sigma_s, with r = sigma_s / sigma_t:
+        ddpm   xs = r^2 xt + (1 - r^2) D + sigma_s sqrt(1 - r^2) eps                 (ancestral: the paper's)
+        ddim   xs = r xt + (1 - r) D                                                 (Song et al. 2021)
+        dpm2m  xs = r xt + (1 - r) (3 D - D_before) / 2; the first and last as ddim  (DPM-Solver++(2M), Lu et al. 2022)
+    """
+    table: list[tuple[float, float, float, float, float]] = []
+    levels = [sigma_max * (sigma_min / sigma_max) ** (i / max(steps - 1, 1)) for i in range(steps)] + [0.0]
+    for i in range(steps):
+        r = levels[i + 1] / levels[i]
+        if method == "ddpm":
+            table.append((levels[i], r * r, 1 - r * r, 0.0, levels[i + 1] * math.sqrt(1 - r * r)))
+        elif method == "ddim" or method == "dpm2m" and (i == 0 or i == steps - 1):
+            table.append((levels[i], r, 1 - r, 0.0, 0.0))
+        elif method == "dpm2m":
+            table.append((levels[i], r, 1.5 * (1 - r), -0.5 * (1 - r), 0.0))
+        else:
+            raise DiffEMError(f"unknown method {method}: ddpm, ddim, dpm2m")
+    return table
+
+
 @torch.no_grad()
 def sample(denoiser: Denoiser, y: Tensor, steps: int, method: str, generator: torch.Generator) -> Tensor:
-    """x0 ~ q(x0 | y) by `steps` evaluations of the denoiser; y (B, ...) -> x0 (B, ...). y = 0 samples the prior.
-
-    From xt = sigma_max eps down log-uniform noise levels, each time from sigma_t to the next lower one, sigma_s:
-        ddpm  xs = D + (sigma_s / sigma_t)^2 (xt - D) + sigma_s sqrt(1 - (sigma_s / sigma_t)^2) eps       (ancestral)
-        ddim  xs = D +  sigma_s / sigma_t    (xt - D)                                              (Song et al. 2021)
-    """
-    require(method in METHODS, f"unknown method {method!r}: {' or '.join(METHODS)}")
-    levels = torch.logspace(math.log10(denoiser.sigma_max), math.log10(denoiser.sigma_min), steps).tolist() + [0.0]
+    """x0 ~ q(x0 | y) by `steps` evaluations of the denoiser; y (B, ...) -> x0 (B, ...). y = 0 samples the prior."""
     shape = denoiser.corruption.clean_shape(y)
-    xt = levels[0] * torch.randn(shape, generator=generator, device=y.device)
-    for sigma_t, sigma_s in zip(levels, levels[1:]):
-        x0 = denoiser(xt, torch.full(shape[:1], sigma_t, device=y.device), y)
-        ratio = sigma_s / sigma_t
-        if method == "ddpm":
-            xt = x0 + ratio**2 * (xt - x0) + sigma_s * math.sqrt(1 - ratio**2) * randn_like(xt, generator)
-        else:
-            xt = x0 + ratio * (xt - x0)
+    xt = denoiser.sigma_max * torch.randn(shape, generator=generator, device=y.device)
+    before = torch.zeros_like(xt)
+    for sigma, a, b, c, d in sampler(method, steps, denoiser.sigma_min, denoiser.sigma_max):
+        x0 = denoiser(xt, torch.full(shape[:1], sigma, device=y.device), y)
+        xt = a * xt + b * x0 + c * before + d * randn_like(xt, generator)
+        before = x0
     return xt
 
 

@@ -1,0 +1,503 @@
+"""Freeze a denoiser trained by diffem.py to TorchScript and ONNX, and restore images with onnxruntime, without PyTorch.
+
+    python export.py runs/NAME                                    # writes model.ts.pt and model.onnx beside checkpoint.pt
+    python export.py restore runs/NAME/model.onnx photo.png       # needs numpy, Pillow and onnxruntime alone
+
+model.ts.pt  for `torch.jit.load`: forward(xt, sigma, y) is the denoiser, sample(y, steps, seed, method) the whole sampler.
+             (PyTorch would have torch.export in place of torch.jit; that cannot keep a loop over a number of steps yet to be
+             chosen, nor a generator.)
+model.onnx   one step of every sampler:  x0 = D(xt, sigma, y),  xs = a xt + b x0 + c x0_before + d noise.  What a runtime
+             needs besides is in the file's metadata, each value as JSON. `Restorer` holds the loop over the steps.
+"""
+
+import argparse
+import contextlib
+import copy
+import ctypes
+import hashlib
+import io
+import json
+import os
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+# torch, diffem, onnxruntime and Pillow are imported where they are used: to restore must not need PyTorch
+
+FORMAT = 1  # of model.onnx: its inputs, outputs and metadata
+PIXELS = {"cpu": 2**16, "cuda": 2**20}  # of all images sampled at once, at first
+SHA256 = re.compile(rb"\x0a\x06sha256\x12\x40([0-9a-f]{64})")  # this metadata entry as it lies in the file
+
+
+class ExportError(ValueError):
+    """Something that the user can mend. The command line prints it as one line and exits with code 2."""
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ExportError(message)
+
+
+# ---- Export ---------------------------------------------------------------------------------------------------------
+
+
+def torchscript(denoiser, settings):
+    """The denoiser and the whole sampler, `diffem.sample`, as one scripted module."""
+    import torch
+    from torch import Tensor
+
+    from diffem import randn_like, sampler
+
+    class Sampler(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.denoiser = denoiser
+
+        def forward(self, xt: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
+            with torch.no_grad():
+                return self.denoiser(xt, sigma, y)
+
+        @torch.jit.export
+        def sample(self, y: Tensor, steps: int = settings.sample_steps, seed: int = 0, method: str = settings.method) -> Tensor:
+            with torch.no_grad():
+                generator = torch.Generator(device=y.device)
+                generator.manual_seed(seed)
+                shape = self.denoiser.corruption.clean_shape(y)
+                xt = self.denoiser.sigma_max * torch.randn(shape, generator=generator, device=y.device)
+                before = torch.zeros_like(xt)
+                for sigma, a, b, c, d in sampler(method, steps, self.denoiser.sigma_min, self.denoiser.sigma_max):
+                    x0 = self.denoiser(xt, torch.full(shape[:1], sigma, device=y.device), y)
+                    xt = a * xt + b * x0 + c * before + d * randn_like(xt, generator)
+                    before = x0
+                return xt
+
+    return torch.jit.script(Sampler().eval())
+
+
+def onnx_step(denoiser, half: bool, metadata: dict) -> bytes:
+    """One step of the sampler as an ONNX file. half: the network computes in float16, all around it in float32 still, since
+    sigma^2 is below what float16 can hold. Changes the denoiser."""
+    import torch
+
+    class Half(torch.nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network.half()
+            self.network.emb.float()  # float16 would be too coarse for its sines
+
+        def forward(self, xt, mean, y, log_sigma):
+            return self.network(xt.half(), mean.half(), y.half(), log_sigma).float()
+
+    class Step(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.denoiser = denoiser
+
+        def forward(self, xt, sigma, y, coefficients, x0_before, noise):
+            x0 = self.denoiser(xt, sigma, y)
+            a, b, c, d = coefficients.unbind(0)
+            return a * xt + b * x0 + c * x0_before + d * noise, x0
+
+    denoiser.network.to(memory_format=torch.contiguous_format)
+    if half:
+        denoiser.network = Half(denoiser.network)
+    xt, before, noise = torch.zeros(3, 2, *denoiser.x_shape)  # one tensor for all three would be taken for one input
+    batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
+    image = {0: batch, 2: height, 3: width}
+    program = torch.onnx.export(
+        Step().eval(), (xt, torch.ones(2), torch.zeros(2, *denoiser.y_shape), torch.ones(4), before, noise),
+        dynamo=True, opset_version=20, verbose=False,
+        input_names=["xt", "sigma", "y", "coefficients", "x0_before", "noise"], output_names=["xs", "x0"],
+        dynamic_shapes=(image, {0: batch}, image, {}, image, image),
+    )  # fmt: skip
+    graph = program.model.graph
+    for part in (graph, *graph.all_nodes(), *graph.initializers.values()):  # PyTorch's notes, paths of this machine among them
+        part.metadata_props.clear()
+    program.model.metadata_props.clear()
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items()} | {"sha256": "0" * 64})
+    content = program.model_proto.SerializeToString()
+    start, end = SHA256.search(content).span(1)
+    return content[:start] + digest(content).encode() + content[end:]
+
+
+def digest(content: bytes) -> str:
+    """The sha256 of all of a model.onnx but for the one recorded in it."""
+    start, end = SHA256.search(content).span(1)
+    return hashlib.sha256(content[:start] + content[end:]).hexdigest()
+
+
+def describe(denoiser, settings, half: bool) -> dict:
+    """The metadata of model.onnx."""
+    from diffem import Corruption, Mask
+
+    corruption, (channels, *size) = denoiser.corruption, denoiser.x_shape
+    return dict(
+        format=FORMAT, channels=channels, image_size=size, range=[-2, 2], dtype="float16" if half else "float32",
+        schedule="log-uniform from sigma_max to sigma_min, then 0", sigma_min=settings.sigma_min, sigma_max=settings.sigma_max,
+        method=settings.method, steps=settings.sample_steps, corruption=settings.corruption, parameters=settings.parameters,
+        masks=type(corruption).mask is not Corruption.mask,  # can pixels be missing?
+        exact=isinstance(corruption, Mask) and corruption.noise < 2 / 255,  # are the others right to half a grey level?
+        multiple=2 ** (len(settings.channels) - 1),  # of the sides that the U-Net halves without a rest
+    )  # fmt: skip
+
+
+def largest_error(denoiser, script: Path, onnx: Path | None) -> tuple[float, float]:
+    """Of the two files against the denoiser itself, on random inputs of another batch and size than the traced ones."""
+    import torch
+
+    from diffem import sample
+
+    generator = torch.Generator().manual_seed(0)
+    shape = [3] + [n + 3 * i for i, n in enumerate(denoiser.x_shape)]
+    sigma = torch.tensor([0.01, 1.0, 50.0])
+    if len(shape) == 4:
+        y = torch.randn(shape[0], shape[1] + 1, *shape[2:], generator=generator)
+        y = torch.cat([y[:, :-1], (y[:, -1:] > 0).float()], 1)
+    else:
+        y = denoiser.corruption(torch.randn(shape, generator=generator), generator)
+    x, before, noise = torch.randn(3, *shape, generator=generator)
+    xt = x + sigma.view(-1, *[1] * (x.ndim - 1)) * noise
+    with torch.no_grad():
+        x0 = denoiser(xt, sigma, y)
+    scripted = torch.jit.load(script)
+    drawn = sample(denoiser, y, 3, "ddpm", torch.Generator().manual_seed(0))
+    errors = {script: [scripted(xt, sigma, y) - x0, scripted.sample(y, 3, 0, "ddpm") - drawn]}
+    if onnx:
+        a, b, c, d = coefficients = torch.tensor([0.1, 0.7, -0.2, 0.3])
+        inputs = dict(xt=xt, sigma=sigma, y=y, coefficients=coefficients, x0_before=before, noise=noise)
+        xs, estimate = Restorer(onnx, "cpu").session.run(["xs", "x0"], {name: value.numpy() for name, value in inputs.items()})
+        errors[onnx] = [torch.tensor(estimate) - x0, torch.tensor(xs) - (a * xt + b * x0 + c * before + d * noise)]
+    return {path: max(float(difference.abs().max()) for difference in values) for path, values in errors.items()}
+
+
+def export(folder: str, out: str | None = None, half: bool = False, own_corruption: str | None = None) -> None:
+    """Writes model.ts.pt and, for images, model.onnx (half: model.half.onnx). Each is put in its place only once it has been
+    held against the denoiser. Raises ExportError where it differs by more than 1e-4 (float16: 0.04, 1 % of the range)."""
+    import torch
+
+    import diffem
+
+    try:
+        checkpoint = diffem.load_checkpoint(folder)
+        settings = checkpoint["settings"]
+        corruption = diffem.corruption_class(own_corruption or settings.corruption, trusted=own_corruption is not None)
+        denoiser = diffem.restore_state(checkpoint, corruption(**settings.parameters), settings).model
+    except diffem.DiffEMError as error:
+        raise ExportError(str(error)) from error
+    out = Path(out or folder)
+    out.mkdir(parents=True, exist_ok=True)
+    script, onnx = out / "model.ts.pt.new", out / f"model{'.half' * half}.onnx.new"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that torch.jit is deprecated, and what torch.onnx says of its own code
+            script.write_bytes(torchscript(denoiser, settings).save_to_buffer())
+            images = len(denoiser.x_shape) == 3
+            if images:
+                onnx.write_bytes(onnx_step(copy.deepcopy(denoiser), half, describe(denoiser, settings, half)))
+            errors = largest_error(denoiser, script, onnx if images else None)
+        for path, error in errors.items():
+            most = 0.04 if path == onnx and half else 1e-4
+            require(error <= most, f"{path.stem} differs from PyTorch by {error:.2g}, more than {most:g}: not kept")
+        for path, error in errors.items():
+            final = path.replace(path.with_suffix(""))
+            print(f"{final}: {final.stat().st_size / 1e6:.1f} MB, largest error against PyTorch {error:.1e}")
+        if not images:
+            print("no ONNX file: the preconditioning of vectors takes eigenvalues, for which ONNX has no operator")
+    finally:
+        script.unlink(missing_ok=True)
+        onnx.unlink(missing_ok=True)
+
+
+# ---- Restore: numpy and onnxruntime alone ---------------------------------------------------------------------------
+
+
+def sampler(method: str, steps: int, sigma_min: float, sigma_max: float) -> np.ndarray:
+    """(steps, 5): sigma_t, a, b, c, d of each step, as by `diffem.sampler`."""
+    require(method in ("ddpm", "ddim", "dpm2m"), f"unknown method {method}: ddpm, ddim, dpm2m")
+    require(steps >= 1, f"steps must be at least 1, not {steps}")
+    levels = np.append(np.geomspace(sigma_max, sigma_min, steps), 0)
+    sigma_t, sigma_s = levels[:-1], levels[1:]
+    r, zero = sigma_s / sigma_t, np.zeros(steps)
+    if method == "ddpm":  # xs = r^2 xt + (1 - r^2) D + sigma_s sqrt(1 - r^2) eps
+        return np.stack([sigma_t, r**2, 1 - r**2, zero, sigma_s * np.sqrt(1 - r**2)], 1)
+    c = zero.copy()
+    if method == "dpm2m":  # xs = r xt + (1 - r) (3 D - D_before) / 2; the first and last as ddim
+        c[1:-1] = (r[1:-1] - 1) / 2
+    return np.stack([sigma_t, r, 1 - r - c, c, zero], 1)  # xs = r xt + (1 - r) D
+
+
+def missing_cuda() -> str:
+    """Which piece of CUDA is missing; "" if none, as far as can be told before a session is made."""
+    import onnxruntime
+
+    driver = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    try:
+        ctypes.CDLL(driver)
+    except OSError:
+        return f"there is no NVIDIA driver ({driver})"
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        return "this onnxruntime was built without CUDA: pip install onnxruntime-gpu"
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+        onnxruntime.preload_dlls()
+    return ""
+
+
+class Restorer:
+    """A model.onnx, to sample x0 ~ q(x0 | y) with. Raises ExportError where the file is anything else, or damaged.
+
+    device: cuda, cpu, or auto for the first of the two that works. Attributes: `device`; `no_cuda`, why it is not cuda;
+    `metadata`, what was recorded at the export. threads: of the CPU, by default all.
+    """
+
+    def __init__(self, path: str | Path, device: str = "auto", threads: int = 0):
+        import onnxruntime
+
+        require(device in ("auto", "cuda", "cpu"), f"unknown device {device}: auto, cuda or cpu")
+        content = Path(path).read_bytes()
+        seal = SHA256.search(content)
+        require(seal is not None, f"{path} is not a model written by export.py, or not a whole one")
+        require(digest(content) == seal[1].decode(), f"{path} is damaged: its sha256 is not the one recorded in it")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads or cores, 4
+        onnxruntime.set_default_logger_severity(4)  # what matters of its warnings is said here
+
+        def session(*providers: str):
+            return onnxruntime.InferenceSession(content, options, providers=list(providers), enable_fallback=0)
+
+        self.no_cuda = "not asked for" if device == "cpu" else missing_cuda()
+        if not self.no_cuda:
+            try:
+                self.session = session("CUDAExecutionProvider", "CPUExecutionProvider")
+                if self.session.get_providers()[0] != "CUDAExecutionProvider":
+                    self.no_cuda = "onnxruntime cannot load CUDA or cuDNN: pip install onnxruntime-gpu[cuda,cudnn]"
+            except Exception as error:  # onnxruntime raises kinds of its own
+                self.no_cuda = f"CUDA does not start ({' '.join(str(error).split())})"
+        require(device != "cuda" or not self.no_cuda, f"cannot run on CUDA: {self.no_cuda}")
+        self.device = "cpu" if self.no_cuda else "cuda"
+        if self.no_cuda:
+            self.session = session("CPUExecutionProvider")
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        self.metadata = {key: json.loads(value) for key, value in metadata.items() if key != "sha256"}
+        found = self.metadata.get("format")
+        require(found == FORMAT, f"{path} has format {found}, this export.py reads format {FORMAT}")
+
+    def __call__(self, observations: np.ndarray, steps: int = 0, method: str = "", seed: int = 0) -> np.ndarray:
+        """A sample x0 ~ q(x0 | y) for each of observations y (N, C + 1, H, W) -> (N, C, H, W), values in [-2, 2].
+
+        The last channel of y is 1 where something was observed; where it is 0 so must be the rest. steps, method: 0 and "" for
+        those that the model was exported with. Row i's noise is default_rng((seed, i))'s, whatever the batch. Raises
+        ExportError where y is not finite, or of a size or with missing pixels that the model cannot take.
+        """
+        return self.sample(observations, steps, method, [(seed, i) for i in range(len(observations))])
+
+    def sample(self, y: np.ndarray, steps: int, method: str, seeds: list, progress=lambda evaluations: None) -> np.ndarray:
+        """As `__call__`, with a seed a row; `progress` is told after each step how many images it was for."""
+        meta = self.metadata
+        (C, multiple), y = (meta["channels"], meta["multiple"]), np.asarray(y, np.float32)
+        require(y.ndim == 4 and y.shape[1] == C + 1, f"the model takes observations (N, {C + 1}, H, W), not {y.shape}")
+        require(bool(np.isfinite(y).all()), "the observations have values that are not finite")
+        known, (H, W) = y[:, -1:], y.shape[-2:]
+        require(bool(((known == 0) | (known == 1)).all()), "the last channel of the observations must be 0 or 1")
+        require(bool((y * (1 - known) == 0).all()), "where the last channel of the observations is 0, the others must be 0 too")
+        if meta["masks"]:
+            y = np.pad(y, ((0, 0), (0, 0), (0, -H % multiple), (0, -W % multiple)))  # not observed, and cropped in the end
+        require(min(y.shape[-2:]) >= multiple, f"{H}x{W} pixels: the model takes {multiple}x{multiple} or more")
+        table = sampler(method or meta["method"], steps or meta["steps"], meta["sigma_min"], meta["sigma_max"])
+        batch, parts, done = max(1, PIXELS[self.device] // (H * W)), [], 0
+        while done < len(y):
+            try:
+                parts.append(self._loop(y[done : done + batch], table, seeds[done : done + batch], progress))
+                done += batch
+            except Exception as error:  # onnxruntime raises kinds of its own
+                require(batch > 1, f"{H}x{W} pixels are too much for this machine's memory, or onnxruntime failed: {error}")
+                batch //= 2
+        x = np.concatenate(parts)[..., :H, :W]
+        require(bool(np.isfinite(x).all()), "the model gave values that are not finite")
+        return np.where(known == 1, y[:, :-1, :H, :W], x) if meta["exact"] else x
+
+    def _loop(self, y: np.ndarray, table: np.ndarray, seeds: list, progress) -> np.ndarray:
+        """All steps of one batch. What is as large as an image stays on the device; noise comes from the CPU, since a graph's
+        own cannot be seeded."""
+        from onnxruntime import OrtValue
+
+        generators = [np.random.default_rng(seed) for seed in seeds]
+        shape = (len(y), y.shape[1] - 1, *y.shape[2:])
+
+        def draw() -> np.ndarray:
+            return np.stack([generator.standard_normal(shape[1:], np.float32) for generator in generators])
+
+        def put(value: np.ndarray) -> OrtValue:
+            return OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value, np.float32), self.device, 0)
+
+        xt, xs, x0, x0_before, noise = (put(value) for value in [table[0, 0] * draw()] + 4 * [np.zeros(shape)])
+        y, binding = put(y), self.session.io_binding()
+        for sigma, *coefficients in table:
+            if coefficients[3]:
+                noise.update_inplace(draw())
+            inputs = dict(xt=xt, sigma=put(np.full(len(seeds), sigma)), y=y, coefficients=put(np.array(coefficients)))
+            for name, value in (inputs | dict(x0_before=x0_before, noise=noise)).items():
+                binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output("xs", xs)
+            binding.bind_ortvalue_output("x0", x0)
+            self.session.run_with_iobinding(binding)
+            xt, xs, x0, x0_before = xs, xt, x0_before, x0
+            progress(len(seeds))
+        return xt.numpy().copy()  # on the CPU it is the OrtValue's own memory
+
+
+def read_image(path: Path, mask: Path | None, metadata: dict) -> np.ndarray:
+    """An observation y (C + 1, H, W) from an image file, with its alpha channel or a mask file (black: missing)."""
+    from PIL import Image, ImageOps
+
+    def read(path: Path):
+        try:
+            with Image.open(path) as file:
+                return ImageOps.exif_transpose(file)
+        except Exception as error:  # Pillow raises many kinds
+            raise ExportError(f"{path} cannot be read as an image ({error})") from error
+
+    image, channels = read(path), metadata["channels"]
+    require(image.mode[0] not in "IF", f"{path} has more than 8 bits a channel, which is not supported")
+    grey, alpha = image.mode in ("1", "L", "LA"), image.has_transparency_data
+    require(grey or channels == 3, f"{path} is in colour, the model takes {channels} channel")
+    pixels = np.asarray(image.convert("LA" if channels == 1 else "RGBA"), np.float32).transpose(2, 0, 1)
+    x, known = pixels[:-1] * (4 / 255) - 2, pixels[-1:] > 0
+    if metadata["masks"]:
+        require(alpha or mask, f"{path}: no alpha channel and no --mask tells which pixels are missing")
+    else:
+        require(known.all() and not mask, f"{path}: no pixels may be missing, the model's corruption is {metadata['corruption']}")
+    if mask:
+        shape = np.asarray(read(mask).convert("L"))
+        require(shape.shape == known.shape[1:], f"{mask} has {shape.shape[1]}x{shape.shape[0]} pixels, {path} {image.width}x{image.height}")
+        known = known & (shape >= 128)
+    if metadata["corruption"] == "downsample":  # y repeats each pixel
+        factor = metadata["parameters"]["factor"]
+        x, known = (v.repeat(factor, 1).repeat(factor, 2) for v in (x, known))
+    return np.concatenate([x * known, known])
+
+
+def find_images(inputs: list[str], out: Path) -> dict[Path, Path]:
+    """The image files among the inputs and in the folders among them, each with the path of its outputs less their endings."""
+    suffixes, found = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}, {}
+    for given in map(Path, inputs):
+        require(given.exists(), f"no file or folder {given}")
+        files = sorted(p for p in given.rglob("*") if p.suffix.lower() in suffixes) if given.is_dir() else [given]
+        require(len(files) > 0, f"no images in {given}")
+        for file in files:
+            target = out / (file.relative_to(given) if given.is_dir() else file.name).with_suffix("")
+            require(target not in found.values(), f"the outputs of two inputs would both be {target}_*.png, {file}'s among them")
+            found[file] = target
+    return found
+
+
+def progress_bar(total: int):
+    """A function to be told of evaluations done, which shows their share of the total where standard error is a terminal."""
+    start, done = time.monotonic(), 0
+
+    def advance(evaluations: int) -> None:
+        nonlocal done
+        done += evaluations
+        if sys.stderr.isatty():
+            left = (time.monotonic() - start) * (total / done - 1)
+            end = "\n" if done >= total else ""
+            print(f"\r{100 * done // total:3d} %, {left:.0f} s left ", end=end, file=sys.stderr, flush=True)
+
+    return advance
+
+
+def write_images(target: Path, x: np.ndarray) -> None:
+    """From samples x (S, C, H, W): target_sample1.png and so on, target_mean.png, and target_std.png, grey, white at 1."""
+    from PIL import Image
+
+    pictures = {f"sample{i + 1}": sample for i, sample in enumerate(x)}
+    if len(x) > 1:
+        std = np.sqrt(x.var(0, ddof=1).mean(0, keepdims=True))
+        pictures |= {"mean": x.mean(0), "std": 4 * std - 2}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+        pixels = np.round((picture + 2) * (255 / 4)).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)  # (H, W, C)
+        Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(f"{target}_{name}.png")
+
+
+def restore(model: str, inputs: list[str], out: str, mask: str | None, steps: int, method: str, samples: int, seed: int,
+            device: str) -> None:  # fmt: skip
+    """Restores image files. The result for an image does not depend on the others."""
+    restorer, out = Restorer(model, device), Path(out)
+    meta = restorer.metadata
+    steps, method = steps or meta["steps"], method or meta["method"]
+    sampler(method, steps, 1, 2)  # raises where there is no such method or number
+    require(samples >= 1 and seed >= 0, f"samples must be at least 1 and seed 0, not {samples} and {seed}")
+    require(meta["channels"] in (1, 3), f"images have 1 or 3 channels, the model takes {meta['channels']}")
+    files = find_images(inputs, out)
+    out.mkdir(parents=True, exist_ok=True)
+    if device == "auto" and restorer.no_cuda:
+        print(f"on the CPU: {restorer.no_cuda}", file=sys.stderr)
+    bar, waiting = progress_bar(len(files) * samples * steps), {}
+
+    def flush() -> None:
+        y = np.repeat(np.stack(list(waiting.values())), samples, 0)
+        x = restorer.sample(y, steps, method, [(seed, i) for i in range(samples)] * len(waiting), bar)
+        for target, images in zip(waiting, x.reshape(len(waiting), samples, *x.shape[1:])):
+            write_images(target, images)
+        waiting.clear()
+
+    for file, target in files.items():
+        mask_file = Path(mask, target.relative_to(out).with_suffix(".png")) if mask and Path(mask).is_dir() else mask
+        y = read_image(file, mask_file and Path(mask_file), meta)
+        size = y[0].size
+        if waiting and (next(iter(waiting.values())).shape != y.shape or (len(waiting) + 1) * samples * size > PIXELS["cuda"]):
+            flush()
+        waiting[target] = y
+    flush()
+    print(f"{len(files)} images restored, {samples} samples each of {steps} steps of {method}: {out}")
+
+
+# ---- Command line ---------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ExportError(message)
+
+
+def parse(argv: list[str]) -> dict:
+    if argv[:1] == ["restore"]:
+        parser = Parser(prog="export.py restore", description="Restore images with an exported model.")
+        parser.add_argument("model", help="a model.onnx")
+        parser.add_argument("inputs", nargs="+", help="images, or folders of them; alpha 0 where a pixel is missing")
+        parser.add_argument("-o", "--out", default="restored", help="folder for the results (default: %(default)s)")
+        parser.add_argument("--mask", help="an image, black where pixels are missing, or a folder of PNG named like the inputs")
+        parser.add_argument("--steps", type=int, default=0, help="network evaluations a sample (default: as trained)")
+        parser.add_argument("--method", default="", help="ddpm, ddim or dpm2m (default: as trained)")
+        parser.add_argument("--samples", type=int, default=4, help="posterior samples an image (default: %(default)s)")
+        parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+        parser.add_argument("--device", default="auto", help="auto, cuda or cpu (default: %(default)s)")
+        return vars(parser.parse_args(argv[1:]))
+    parser = Parser(description="Freeze a trained model to TorchScript and ONNX.",
+                    epilog="python export.py restore --help tells how to use the ONNX file.")  # fmt: skip
+    parser.add_argument("folder", metavar="runs/NAME", help="a run of diffem.py")
+    parser.add_argument("-o", "--out", help="folder for the files (default: the run's)")
+    parser.add_argument("--half", action="store_true", help="write model.half.onnx, in float16 but for its inputs and outputs")
+    parser.add_argument("--corruption", dest="own_corruption", metavar="FILE.py:CLASS", help="the run's own, if you trust that file")
+    return vars(parser.parse_args(argv))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: returns the exit code, 2 after an error that the user can mend."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        options = parse(argv)
+        restore(**options) if argv[0] == "restore" else export(**options)
+    except (ExportError, OSError) as error:
+        print(f"export: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
