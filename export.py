@@ -138,15 +138,16 @@ def describe(denoiser, settings, half: bool) -> dict:
     return dict(
         format=FORMAT, channels=channels, image_size=size, range=[-2, 2], dtype="float16" if half else "float32",
         schedule="log-uniform from sigma_max to sigma_min, then 0", sigma_min=settings.sigma_min, sigma_max=settings.sigma_max,
-        method=settings.method, steps=settings.sample_steps, corruption=settings.corruption, parameters=settings.parameters,
+        method=settings.method, steps=settings.sample_steps,
+        corruption=settings.corruption.rpartition(":")[2], parameters=settings.parameters,
         masks=type(corruption).mask is not Corruption.mask,  # can pixels be missing?
         exact=isinstance(corruption, Mask) and corruption.noise < 2 / 255,  # are the others right to half a grey level?
         multiple=2 ** (len(settings.channels) - 1),  # of the sides that the U-Net halves without a rest
     )  # fmt: skip
 
 
-def largest_error(denoiser, script: Path, onnx: Path | None) -> tuple[float, float]:
-    """Of the two files against the denoiser itself, on random inputs of another batch and size than the traced ones."""
+def largest_errors(denoiser, script: Path, onnx: Path) -> dict[Path, float]:
+    """Of each file against the denoiser itself, on random inputs of another batch and size than the traced ones."""
     import torch
 
     from diffem import sample
@@ -166,7 +167,7 @@ def largest_error(denoiser, script: Path, onnx: Path | None) -> tuple[float, flo
     scripted = torch.jit.load(script)
     drawn = sample(denoiser, y, 3, "ddpm", torch.Generator().manual_seed(0))
     errors = {script: [scripted(xt, sigma, y) - x0, scripted.sample(y, 3, 0, "ddpm") - drawn]}
-    if onnx:
+    if onnx.exists():
         a, b, c, d = coefficients = torch.tensor([0.1, 0.7, -0.2, 0.3])
         inputs = dict(xt=xt, sigma=sigma, y=y, coefficients=coefficients, x0_before=before, noise=noise)
         xs, estimate = Restorer(onnx, "cpu").session.run(["xs", "x0"], {name: value.numpy() for name, value in inputs.items()})
@@ -195,17 +196,16 @@ def export(folder: str, out: str | None = None, half: bool = False, own_corrupti
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that torch.jit is deprecated, and what torch.onnx says of its own code
             script.write_bytes(torchscript(denoiser, settings).save_to_buffer())
-            images = len(denoiser.x_shape) == 3
-            if images:
+            if len(denoiser.x_shape) == 3:
                 onnx.write_bytes(onnx_step(copy.deepcopy(denoiser), half, describe(denoiser, settings, half)))
-            errors = largest_error(denoiser, script, onnx if images else None)
+            errors = largest_errors(denoiser, script, onnx)
         for path, error in errors.items():
             most = 0.04 if path == onnx and half else 1e-4
             require(error <= most, f"{path.stem} differs from PyTorch by {error:.2g}, more than {most:g}: not kept")
         for path, error in errors.items():
             final = path.replace(path.with_suffix(""))
             print(f"{final}: {final.stat().st_size / 1e6:.1f} MB, largest error against PyTorch {error:.1e}")
-        if not images:
+        if onnx not in errors:
             print("no ONNX file: the preconditioning of vectors takes eigenvalues, for which ONNX has no operator")
     finally:
         script.unlink(missing_ok=True)
@@ -299,7 +299,7 @@ class Restorer:
         """As `__call__`, with a seed a row; `progress` is told after each step how many images it was for."""
         meta = self.metadata
         (C, multiple), y = (meta["channels"], meta["multiple"]), np.asarray(y, np.float32)
-        require(y.ndim == 4 and y.shape[1] == C + 1, f"the model takes observations (N, {C + 1}, H, W), not {y.shape}")
+        require(y.ndim == 4 and y.shape[1] == C + 1 and len(y) > 0, f"the model takes observations (N, {C + 1}, H, W), not {y.shape}")
         require(bool(np.isfinite(y).all()), "the observations have values that are not finite")
         known, (H, W) = y[:, -1:], y.shape[-2:]
         require(bool(((known == 0) | (known == 1)).all()), "the last channel of the observations must be 0 or 1")
@@ -314,7 +314,9 @@ class Restorer:
                 parts.append(self._loop(y[done : done + batch], table, seeds[done : done + batch], progress))
                 done += batch
             except Exception as error:  # onnxruntime raises kinds of its own
-                require(batch > 1, f"{H}x{W} pixels are too much for this machine's memory, or onnxruntime failed: {error}")
+                if "alloc" not in str(error):
+                    raise
+                require(batch > 1, f"{H}x{W} pixels are too many for the memory of this machine")
                 batch //= 2
         x = np.concatenate(parts)[..., :H, :W]
         require(bool(np.isfinite(x).all()), "the model gave values that are not finite")
@@ -389,7 +391,7 @@ def find_images(inputs: list[str], out: Path) -> dict[Path, Path]:
         files = sorted(p for p in given.rglob("*") if p.suffix.lower() in suffixes) if given.is_dir() else [given]
         require(len(files) > 0, f"no images in {given}")
         for file in files:
-            target = out / (file.relative_to(given) if given.is_dir() else file.name).with_suffix("")
+            target = (out / file.relative_to(given if given.is_dir() else given.parent)).with_suffix("")
             require(target not in found.values(), f"the outputs of two inputs would both be {target}_*.png, {file}'s among them")
             found[file] = target
     return found
@@ -454,7 +456,7 @@ def restore(model: str, inputs: list[str], out: str, mask: str | None, steps: in
             flush()
         waiting[target] = y
     flush()
-    print(f"{len(files)} images restored, {samples} samples each of {steps} steps of {method}: {out}")
+    print(f"{out}: {len(files)} restored, {samples} samples each, by {steps} steps of {method}")
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------

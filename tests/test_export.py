@@ -1,0 +1,506 @@
+"""export.py from outside: the files it writes against the eager model, and restoring without PyTorch."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+
+import diffem
+import export
+from export import SHA256, Restorer, digest
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(*arguments, cwd):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+# Restores in a process where these three cannot be imported
+RESTORE = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+for name in ("torch", "onnx", "diffem"):
+    sys.modules[name] = None
+import export
+sys.exit(export.main(["restore", *sys.argv[1:]]))
+"""
+
+
+def make_run(folder, shape, corruption="mask", parameters=None, **config):
+    """A run folder whose model has left its start, where the last layer is 0."""
+    config = dict(channels=(8, 16), blocks=1, batch=4, steps=1, sample_steps=5, dataset="folder") | config
+    kind = diffem.corruption_class(corruption)
+    settings = diffem.Settings(corruption=corruption, parameters=diffem.parameters_of(kind) | (parameters or {}), **config)
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.randn(4, *shape, generator=generator)
+    y = kind(**settings.parameters)(x0, generator)
+    state = diffem.new_state(x0, list(y.shape[1:]), kind(**settings.parameters), settings)
+    with torch.no_grad():
+        for parameter in state.average.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    folder.mkdir(parents=True)
+    diffem.save_checkpoint(folder, state, settings, "")
+    return folder
+
+
+def exported(folder, *arguments):
+    assert export.main([str(folder), *arguments]) == 0
+    return Restorer(folder / "model.onnx", "cpu", threads=1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """An exported model of colour images with missing pixels, with attention and dropout."""
+    config = dict(channels=(8, 16, 16), attention=(1, 2), heads=2, dropout=0.5)
+    folder = make_run(tmp_path_factory.mktemp("export") / "runs" / "colour", (3, 16, 16), **config)
+    done = python(ROOT / "export.py", folder, cwd=folder.parent)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and all(re.search(r"MB, largest error against PyTorch \d\.\de[-+]\d\d$", line) for line in lines)
+    assert {path.name for path in folder.iterdir()} == {"checkpoint.pt", "model.ts.pt", "model.onnx"}
+    return folder
+
+
+@pytest.fixture(scope="module")
+def restorer(run):
+    return Restorer(run / "model.onnx", "cpu", threads=2)
+
+
+def observations(shape, seed=0, rate=0.5):
+    """Images of missing pixels (N, C + 1, H, W) of values that 8 bits can hold."""
+    generator = np.random.default_rng(seed)
+    N, C, H, W = shape
+    known = generator.random((N, 1, H, W)) >= rate
+    x = generator.integers(0, 256, (N, C, H, W)) * (4 / 255) - 2
+    return np.concatenate([x * known, known], 1).astype(np.float32)
+
+
+def eager_sample(model, y, steps, method, seeds):
+    """`diffem.sample`'s loop on PyTorch, with the noise that a Restorer draws."""
+    generators = [np.random.default_rng(seed) for seed in seeds]
+    shape = (y.shape[1] - 1, *y.shape[2:])
+
+    def draw():
+        return torch.from_numpy(np.stack([generator.standard_normal(shape, np.float32) for generator in generators]))
+
+    xt = model.sigma_max * draw()
+    before = torch.zeros_like(xt)
+    for sigma, a, b, c, d in diffem.sampler(method, steps, model.sigma_min, model.sigma_max):
+        with torch.no_grad():
+            x0 = model(xt, torch.full((len(y),), sigma), torch.from_numpy(y))
+        xt, before = a * xt + b * x0 + c * before + (d * draw() if d else 0), x0
+    return xt.numpy()
+
+
+# ---- The files against the eager model
+
+
+@pytest.mark.parametrize("batch, height, width", [(1, 16, 16), (5, 16, 16), (2, 21, 34), (3, 4, 7), (1, 1, 1)])
+def test_onnx_equals_eager(run, restorer, batch, height, width, generator):
+    model = diffem.load(run)
+    x, before, noise = torch.randn(3, batch, 3, height, width, generator=generator)
+    y = torch.from_numpy(observations((batch, 3, height, width)))
+    a, b, c, d = coefficients = torch.randn(4, generator=generator)
+    sigma = torch.logspace(-3, 1, batch)
+    xt = x + sigma.view(-1, 1, 1, 1) * noise
+    with torch.no_grad():
+        x0 = model(xt, sigma, y)
+    inputs = dict(xt=xt, sigma=sigma, y=y, coefficients=coefficients, x0_before=before, noise=noise)
+    xs, estimate = restorer.session.run(["xs", "x0"], {name: value.numpy() for name, value in inputs.items()})
+    assert x0.std() > 0.1
+    torch.testing.assert_close(torch.from_numpy(estimate), x0, atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.from_numpy(xs), a * xt + b * x0 + c * before + d * noise, atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["ddpm", "ddim", "dpm2m"])
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_restorer_equals_eager_sampling_with_the_same_noise(run, restorer, method, steps):
+    y = observations((3, 3, 12, 20))
+    x = restorer(y, steps=steps, method=method, seed=4)
+    expected = eager_sample(diffem.load(run), y, steps, method, [(4, i) for i in range(3)])
+    expected = np.where(y[:, -1:] == 1, y[:, :-1], expected)  # observed pixels are the input's own
+    np.testing.assert_allclose(x, expected, atol=1e-3)
+    assert np.abs(x - restorer(y, steps=steps, method=method, seed=5)).max() > 0.1
+
+
+@pytest.mark.parametrize("method", ["ddpm", "ddim", "dpm2m"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 40])
+def test_both_samplers_have_the_same_coefficients(method, steps):
+    ours, reference = (module.sampler(method, steps, 2e-3, 80.0) for module in (export, diffem))
+    np.testing.assert_allclose(ours, np.array(reference), rtol=1e-9, atol=1e-12)
+
+
+def test_torchscript_file_alone_equals_eager(run, generator, tmp_path):
+    model, y = diffem.load(run), torch.from_numpy(observations((2, 3, 12, 20)))
+    xt, sigma = torch.randn(2, 3, 12, 20, generator=generator), torch.tensor([0.1, 3.0])
+    torch.save(dict(y=y, xt=xt, sigma=sigma), tmp_path / "inputs.pt")
+    shutil.copy(run / "model.ts.pt", tmp_path)
+    code = """
+import sys
+sys.modules["diffem"] = sys.modules["export"] = None
+import torch
+inputs, model = torch.load("inputs.pt"), torch.jit.load("model.ts.pt")
+y = inputs["y"]
+results = [model(inputs["xt"], inputs["sigma"], y), model.sample(y), model.sample(y, 7, 3), model.sample(y, 7, 3, "dpm2m")]
+torch.save(results, "results.pt")
+try:
+    model.sample(y, 7, 3, "magic")
+except Exception as error:
+    assert "unknown method magic" in str(error)
+"""
+    done = python("-c", code, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = torch.load(tmp_path / "results.pt")
+    with torch.no_grad():
+        expected = [model(xt, sigma, y)]
+    for steps, seed, method in [(5, 0, "ddpm"), (7, 3, "ddpm"), (7, 3, "dpm2m")]:
+        expected.append(diffem.sample(model, y, steps, method, torch.Generator().manual_seed(seed)))
+    for result, value in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, value, atol=1e-5, rtol=1e-5)
+
+
+def test_the_onnx_file(run, restorer):
+    content = (run / "model.onnx").read_bytes()
+    assert not re.search(rb"\.py|site-packages|" + str(run).encode(), content)  # nothing of the machine it was made on
+    model = onnx.load(run / "model.onnx")
+    onnx.checker.check_model(model)
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 20)]
+    for value in list(model.graph.input) + list(model.graph.output):
+        assert value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+        sizes = [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+        expected = dict(sigma=["batch"], coefficients=[4], y=["batch", 4, "height", "width"])
+        assert sizes == expected.get(value.name, ["batch", 3, "height", "width"])
+    assert [value.name for value in model.graph.input] == ["xt", "sigma", "y", "coefficients", "x0_before", "noise"]
+    assert [value.name for value in model.graph.output] == ["xs", "x0"]
+    recorded = {entry.key: json.loads(entry.value) for entry in model.metadata_props if entry.key != "sha256"}
+    assert recorded == restorer.metadata
+    assert recorded == dict(
+        format=1, channels=3, image_size=[16, 16], range=[-2, 2], dtype="float32", sigma_min=1e-3, sigma_max=100.0,
+        schedule="log-uniform from sigma_max to sigma_min, then 0", method="ddpm", steps=5, corruption="mask",
+        parameters=dict(rate=0.75, noise=1e-3), masks=True, exact=True, multiple=4,
+    )  # fmt: skip
+
+
+def test_readme_example(run):
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    block = next(block for block in code if "onnxruntime" in block)
+    assert "y = np.zeros(" in block
+    lines = block.replace("levels =", "y[:, :, ::2] = 1\nlevels =", 1) + "\nnp.save('samples.npy', xt)\nnp.save('y.npy', y)"
+    done = python("-c", "import sys; sys.modules['torch'] = None\n" + lines, cwd=run)
+    assert done.returncode == 0, done.stderr
+    x, y = np.load(run / "samples.npy"), np.load(run / "y.npy")
+    assert x.shape == (4, 3, 32, 32) and np.abs(x - y[:, :3])[:, :, ::2].max() < 0.01  # agrees with y
+    assert x[:, :, 1::2].std() > 0.1
+
+
+def test_half(run):
+    assert export.main([str(run), "--half"]) == 0
+    half, full = (Restorer(run / f"model{kind}.onnx", "cpu", threads=2) for kind in (".half", ""))
+    assert half.metadata == full.metadata | {"dtype": "float16"}
+    assert (run / "model.half.onnx").stat().st_size < 0.8 * (run / "model.onnx").stat().st_size
+    y = observations((4, 3, 16, 16))
+    for method in ("ddpm", "dpm2m"):
+        difference = half(y, 16, method) - full(y, 16, method)
+        assert 0 < np.abs(difference).max() < 2 * 0.02  # 0.02 on [-1, 1]
+
+
+def test_a_file_that_differs_from_the_model_is_not_kept(run, tmp_path, monkeypatch, capsys):
+    other = make_run(tmp_path / "other", (3, 16, 16))
+    shutil.copy(run / "model.onnx", other)
+    shutil.copy(run / "model.ts.pt", other)
+    genuine = export.onnx_step
+
+    def broken(denoiser, half, metadata):
+        with torch.no_grad():
+            denoiser.network.out.bias += 1e-3
+        return genuine(denoiser, half, metadata)
+
+    monkeypatch.setattr(export, "onnx_step", broken)
+    assert export.main([str(other)]) == 2
+    assert re.fullmatch(r"export: model.onnx differs from PyTorch by 0.001, .*\n", capsys.readouterr().err)
+    assert {path.name for path in other.iterdir()} == {"checkpoint.pt", "model.ts.pt", "model.onnx"}
+    for name in ("model.onnx", "model.ts.pt"):  # what was there before
+        assert (other / name).read_bytes() == (run / name).read_bytes()
+
+
+# ---- Other corruptions
+
+
+def test_downsampled_images_grow(tmp_path):
+    restorer = exported(make_run(tmp_path / "run", (1, 8, 8), "downsample", dict(factor=2)))
+    Image.fromarray(np.arange(30, dtype=np.uint8).reshape(5, 6)).save(tmp_path / "small.png")
+    done = python("-c", RESTORE, tmp_path / "run/model.onnx", "small.png", "-o", "out", "--samples", 2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    x = np.kron(np.arange(30).reshape(5, 6), np.ones((2, 2))) * (4 / 255) - 2
+    y = np.stack([x, np.ones_like(x)])[None].astype(np.float32)
+    expected = np.round((restorer.sample(y, 0, "", [(0, 1)])[0, 0] + 2) * (255 / 4)).clip(0, 255)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/small_sample2.png")), expected)
+
+
+def test_a_corruption_of_ones_own(tmp_path, capsys):
+    (tmp_path / "camera.py").write_text("""
+from diffem import Corruption
+
+
+class Saturate(Corruption):
+    linear = False
+
+    def __init__(self, limit_at: float = 1.0):
+        super().__init__()
+        self.limit_at, self.names = limit_at, {"not": "for", "TorchScript": 1}
+
+    def measure(self, x, y):
+        return y[:, -1:] * x.clamp(-self.limit_at, self.limit_at)
+""")
+    own = f"{tmp_path}/camera.py:Saturate"
+    folder = make_run(tmp_path / "run", (1, 8, 8), own)
+    assert export.main([str(folder)]) == 2
+    assert "if you trust that file" in capsys.readouterr().err
+    restorer = exported(folder, "--corruption", own)
+    assert restorer.metadata["corruption"] == "Saturate" and restorer.metadata["parameters"] == {"limit_at": 1.0}
+    assert not restorer.metadata["masks"]
+
+
+def test_vectors_have_torchscript_alone(tmp_path, capsys):
+    config = dict(dataset="manifold", sigma_max=10.0)
+    folder = make_run(tmp_path / "run", (5,), "projection", **config)
+    assert export.main([str(folder), "-o", str(tmp_path / "out")]) == 0
+    assert "no ONNX file" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.ts.pt"}
+    y = diffem.Projection()(torch.randn(6, 5), torch.Generator().manual_seed(1))
+    expected = diffem.sample(diffem.load(folder), y, 8, "ddpm", torch.Generator().manual_seed(2))
+    torch.testing.assert_close(torch.jit.load(tmp_path / "out/model.ts.pt").sample(y, 8, 2), expected)
+
+
+# ---- Restoring image files
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of pictures with missing pixels of two sizes, one in a folder of its own. Their alpha is the mask."""
+    (tmp_path / "in/more").mkdir(parents=True)
+    for i, (name, height, width) in enumerate([("a", 9, 14), ("b", 16, 16), ("more/c", 16, 16)]):
+        y = observations((1, 3, height, width), seed=i)[0].transpose(1, 2, 0)
+        pixels = np.random.default_rng(i).integers(0, 256, y.shape).astype(np.uint8)  # a missing pixel's colours: anything
+        known = y[..., -1:] == 1
+        pixels = np.where(known, np.round((y + 2) * (255 / 4)).astype(np.uint8), pixels)
+        pixels[..., -1] = 255 * known[..., 0]
+        Image.fromarray(pixels).save(tmp_path / f"in/{name}.png")
+    return tmp_path
+
+
+def read(path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_restore_without_pytorch(run, restorer, pictures):
+    code = "--samples 3 --steps 4 --method ddim --seed 7".split()
+    done = python("-c", RESTORE, run / "model.onnx", "in", "-o", "out", *code, cwd=pictures)
+    assert done.returncode == 0 and re.fullmatch(r"(on the CPU: .*\n)?", done.stderr), done.stderr  # no bar: no terminal
+    names = {str(path.relative_to(pictures / "out")) for path in (pictures / "out").rglob("*.png")}
+    kinds = ["sample1", "sample2", "sample3", "mean", "std"]
+    assert names == {f"{name}_{kind}.png" for name in ("a", "b", "more/c") for kind in kinds}
+    for name in ("a", "b", "more/c"):
+        observed = read(pictures / f"in/{name}.png")
+        known = observed[..., -1] == 255
+        x = np.stack([read(pictures / f"out/{name}_sample{i}.png") for i in (1, 2, 3)])  # (3, H, W, C)
+        y = np.concatenate([(observed[..., :3] * (4 / 255) - 2) * known[..., None], known[..., None]], -1)
+        expected = restorer.sample(np.stack([y.transpose(2, 0, 1)] * 3), 4, "ddim", [(7, 0), (7, 1), (7, 2)])
+        assert np.abs(x - (expected.transpose(0, 2, 3, 1) + 2) * (255 / 4)).max() < 0.51 or x.min() == 0 or x.max() == 255
+        assert (x[:, known] == observed[known][:, :3]).all() and not (x[0] == x[1]).all()
+        mean, std = (read(pictures / f"out/{name}_{kind}.png") for kind in ("mean", "std"))
+        inside = ((x > 0) & (x < 255)).all((0, 3))  # rounding aside, where no sample was cut
+        assert inside.mean() > 0.3 and np.abs(mean - x.mean(0))[inside].max() <= 1
+        spread = 4 * np.sqrt(x.var(0, ddof=1).mean(-1))  # white, 255, at a quarter of the range
+        assert std.shape == known.shape and (std[known] == 0).all()
+        assert np.abs(std - spread.clip(0, 255))[inside].max() <= 4
+
+    # One image alone, by two processes, has the same result as among others; another seed another
+    for i, seed in enumerate((7, 7, 8)):
+        arguments = ["in/b.png", "-o", f"alone{i}", *code[:-1], seed, "--device", "cpu"]
+        done = python("-c", RESTORE, run / "model.onnx", *arguments, cwd=pictures)
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+    files = [pictures / folder / "b_sample1.png" for folder in ("out", "alone0", "alone1", "alone2")]
+    same = [files[0].read_bytes() == file.read_bytes() for file in files[1:]]
+    assert same == [True, True, False]
+
+
+def test_masks_in_files_of_their_own(run, pictures):
+    (pictures / "masks/more").mkdir(parents=True)
+    (pictures / "plain/more").mkdir(parents=True)
+    for name in ("a", "b", "more/c"):
+        image = Image.open(pictures / f"in/{name}.png")
+        image.convert("RGB").save(pictures / f"plain/{name}.bmp")
+        image.getchannel("A").save(pictures / f"masks/{name}.png")
+    commands = {"out": ["in"], "folder": ["plain", "--mask", "masks"], "file": ["plain/a.bmp", "--mask", "masks/a.png"]}
+    for out, arguments in commands.items():
+        done = python("-c", RESTORE, run / "model.onnx", *arguments, "-o", out, "--samples", 1, cwd=pictures)
+        assert done.returncode == 0, done.stderr
+    for name, other in [("a", "folder"), ("b", "folder"), ("more/c", "folder"), ("a", "file")]:
+        expected = pictures / f"out/{name}_sample1.png"
+        assert (pictures / other / f"{name}_sample1.png").read_bytes() == expected.read_bytes()
+    assert not list((pictures / "out").rglob("*mean*"))  # of one sample
+
+
+def test_the_batch_does_not_matter_and_shrinks_where_memory_is_short(restorer, monkeypatch):
+    y = observations((5, 3, 16, 16))
+    expected = restorer(y, steps=3, seed=1)
+    genuine, batches = Restorer._loop, []
+
+    def short_of_memory(self, y, *rest):
+        batches.append(len(y))
+        if len(y) > 2:
+            raise RuntimeError("Failed to allocate memory for requested buffer")
+        return genuine(self, y, *rest)
+
+    monkeypatch.setattr(Restorer, "_loop", short_of_memory)
+    monkeypatch.setitem(export.PIXELS, "cpu", 4 * 256)
+    np.testing.assert_allclose(restorer(y, steps=3, seed=1), expected, atol=1e-4)
+    assert batches == [4, 2, 2, 1]
+
+
+# ---- Bad input: one line, exit code 2
+
+
+def fails(capsys, *arguments) -> str:
+    """The one line on standard error."""
+    assert export.main([str(argument) for argument in arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("export: "), err
+    return err
+
+
+def rewritten(content: bytes, key: str, value) -> bytes:
+    """The model with another value in its metadata, and the hash that belongs to it."""
+    model = onnx.load_from_string(content)
+    for entry in model.metadata_props:
+        if entry.key == key:
+            entry.value = json.dumps(value)
+    content = model.SerializeToString()
+    start, end = SHA256.search(content).span(1)
+    return content[:start] + digest(content).encode() + content[end:]
+
+
+def test_bad_models(run, pictures, monkeypatch, capsys):
+    monkeypatch.chdir(pictures)
+    content = (run / "model.onnx").read_bytes()
+    weights = content.rfind(b"denoiser.network.out.weight")
+    alien = onnx.helper.make_model(onnx.helper.make_graph([], "none", [], []))
+    files = {
+        "empty": (b"", "not a model written by export.py"),
+        "text": (b"a picture, perhaps", "not a model written by export.py"),
+        "alien": (alien.SerializeToString(), "not a model written by export.py"),
+        "checkpoint": ((run / "checkpoint.pt").read_bytes(), "not a model written by export.py"),
+        "truncated": (content[: len(content) // 2], "not a whole one"),
+        "bit": (content[: weights - 9] + bytes([content[weights - 9] ^ 1]) + content[weights - 8 :], "sha256"),
+        "format": (rewritten(content, "format", 2), "has format 2, this export.py reads format 1"),
+    }
+    for name, (content, message) in files.items():
+        (pictures / f"{name}.onnx").write_bytes(content)
+        assert message in fails(capsys, "restore", f"{name}.onnx", "in"), name
+    fails(capsys, "restore", "absent.onnx", "in")
+    assert not (pictures / "restored").exists()
+
+
+def test_bad_pictures(run, pictures, monkeypatch, capsys):
+    monkeypatch.chdir(pictures)
+    Image.new("RGB", (16, 16)).save("opaque.png")
+    Image.new("L", (15, 16), 255).save("mask.png")
+    Image.fromarray(np.zeros((16, 16), np.uint16)).save("deep.png")
+    Path("broken.png").write_bytes(Path("in/b.png").read_bytes()[:100])
+    Path("empty").mkdir()
+    Path("file").write_text("")
+    Image.open("in/b.png").save("in/b.webp", lossless=True)
+    for arguments, message in [
+        ("opaque.png", "no alpha channel and no --mask"),
+        ("opaque.png --mask mask.png", "mask.png has 15x16 pixels, opaque.png 16x16"),
+        ("opaque.png --mask absent.png", "absent.png cannot be read"),
+        ("deep.png", "more than 8 bits"),
+        ("broken.png", "broken.png cannot be read as an image"),
+        ("absent.png", "no file or folder absent.png"),
+        ("empty", "no images in empty"),
+        ("in", "two inputs"),
+        ("in/a.png -o file", "file"),
+        ("in/a.png -o file/out", "file"),
+        ("in/a.png --steps -1", "steps"),
+        ("in/a.png --samples 0", "samples"),
+        ("in/a.png --method euler", "unknown method euler: ddpm, ddim, dpm2m"),
+        ("in/a.png --device tpu", "unknown device tpu"),
+        ("in/a.png --seed x", "--seed"),
+        ("", "required"),
+    ]:
+        assert message in fails(capsys, "restore", run / "model.onnx", "--device=cpu", *arguments.split()), arguments
+
+
+def test_pictures_that_the_model_cannot_take(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exported(make_run(tmp_path / "run", (1, 8, 8), "blur", dict(width=0.5)))
+    Image.new("L", (1, 9)).save("thin.png")
+    Image.new("RGB", (8, 8)).save("colour.png")
+    Image.new("LA", (8, 8)).save("holes.png")
+    Image.new("L", (8, 8)).save("plain.png")
+    for name, message in [("thin", "9x1 pixels: the model takes 2x2 or more"), ("colour", "in colour, the model takes 1 channel"),
+                          ("holes", "no pixels may be missing")]:  # fmt: skip
+        assert message in fails(capsys, "restore", "run/model.onnx", f"{name}.png", "-o", "out", "--device", "cpu")
+    assert "no pixels may be" in fails(capsys, "restore", "run/model.onnx", "plain.png", "--mask", "plain.png", "--device", "cpu")
+    assert export.main(["restore", "run/model.onnx", "plain.png", "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda y: y[:, 1:], r"takes observations \(N, 4, H, W\), not \(2, 3, 8, 8\)"),
+        (lambda y: y[0], r"not \(4, 8, 8\)"),
+        (lambda y: np.where(y == y[0, 0, 0, 0], np.nan, y), "not finite"),
+        (lambda y: y * 0.5, "must be 0 or 1"),
+        (lambda y: np.concatenate([y[:, :-1] + 0.1, y[:, -1:]], 1), "the others must be 0 too"),
+    ],
+)
+def test_bad_observations(restorer, change, message):
+    with pytest.raises(export.ExportError, match=message):
+        restorer(change(observations((2, 3, 8, 8))))
+
+
+def test_bad_runs(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "no checkpoint nowhere/checkpoint.pt" in fails(capsys, "nowhere")
+    Path("junk").mkdir()
+    Path("junk/checkpoint.pt").write_bytes((run / "model.onnx").read_bytes())
+    assert "junk/checkpoint.pt is not a checkpoint" in fails(capsys, "junk")
+    Path("file").write_text("")
+    fails(capsys, run, "-o", "file/below")
+    assert "runs/NAME" in fails(capsys)
+
+
+# ---- CUDA, where there is none: said, never passed over
+
+
+@pytest.mark.parametrize("driver, piece", [("raise OSError", "no NVIDIA driver"), ("return", "CUDA")])
+def test_cuda_says_which_piece_is_missing(run, pictures, driver, piece):
+    # Without a driver, and with one but with no GPU
+    hidden = f"""
+import ctypes, os
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+class CDLL(ctypes.CDLL):
+    def __init__(self, name, *rest, **more):
+        if name in ("libcuda.so.1", "nvcuda.dll"):
+            {driver}
+        super().__init__(name, *rest, **more)
+ctypes.CDLL = CDLL
+"""
+    cuda, auto = (python("-c", hidden + RESTORE, run / "model.onnx", "in/a.png", "--device", device, cwd=pictures)
+                  for device in ("cuda", "auto"))  # fmt: skip
+    assert cuda.returncode == 2 and re.fullmatch(rf"export: cannot run on CUDA: .*{piece}.*\n", cuda.stderr), cuda.stderr
+    assert auto.returncode == 0 and re.fullmatch(rf"on the CPU: .*{piece}.*\n", auto.stderr), auto.stderr
