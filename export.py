@@ -263,7 +263,7 @@ class Restorer:
         require(digest(content) == seal[1].decode(), f"{path} is damaged: its sha256 is not the one recorded in it")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads or cores, 4
+        options.intra_op_num_threads = threads or cores
         onnxruntime.set_default_logger_severity(4)  # what matters of its warnings is said here
 
         def session(*providers: str):
