@@ -108,12 +108,15 @@ def onnx_step(denoiser, half: bool, metadata: dict) -> bytes:
     xt, before, noise = torch.zeros(3, 2, *denoiser.x_shape)  # one tensor for all three would be taken for one input
     batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
     image = {0: batch, 2: height, 3: width}
-    program = torch.onnx.export(
-        Step().eval(), (xt, torch.ones(2), torch.zeros(2, *denoiser.y_shape), torch.ones(4), before, noise),
-        dynamo=True, opset_version=20, verbose=False,
-        input_names=["xt", "sigma", "y", "coefficients", "x0_before", "noise"], output_names=["xs", "x0"],
-        dynamic_shapes=(image, {0: batch}, image, {}, image, image),
-    )  # fmt: skip
+    try:
+        program = torch.onnx.export(
+            Step().eval(), (xt, torch.ones(2), torch.zeros(2, *denoiser.y_shape), torch.ones(4), before, noise),
+            dynamo=True, opset_version=20, verbose=False,
+            input_names=["xt", "sigma", "y", "coefficients", "x0_before", "noise"], output_names=["xs", "x0"],
+            dynamic_shapes=(image, {0: batch}, image, {}, image, image),
+        )  # fmt: skip
+    except Exception as error:  # torch.onnx raises many kinds
+        raise ExportError(f"torch.onnx.export of PyTorch {torch.__version__} fails on this model (2.14 does not)") from error
     graph = program.model.graph
     for part in (graph, *graph.all_nodes(), *graph.initializers.values()):  # PyTorch's notes, paths of this machine among them
         part.metadata_props.clear()
@@ -299,7 +302,7 @@ class Restorer:
         """As `__call__`, with a seed a row; `progress` is told after each step how many images it was for."""
         meta = self.metadata
         (C, multiple), y = (meta["channels"], meta["multiple"]), np.asarray(y, np.float32)
-        require(y.ndim == 4 and y.shape[1] == C + 1 and len(y) > 0, f"the model takes observations (N, {C + 1}, H, W), not {y.shape}")
+        require(y.ndim == 4 and y.shape[1] == C + 1 and len(y) > 0, f"observations must be (N, {C + 1}, H, W), not {y.shape}")
         require(bool(np.isfinite(y).all()), "the observations have values that are not finite")
         known, (H, W) = y[:, -1:], y.shape[-2:]
         require(bool(((known == 0) | (known == 1)).all()), "the last channel of the observations must be 0 or 1")
@@ -372,11 +375,11 @@ def read_image(path: Path, mask: Path | None, metadata: dict) -> np.ndarray:
     if metadata["masks"]:
         require(alpha or mask, f"{path}: no alpha channel and no --mask tells which pixels are missing")
     else:
-        require(known.all() and not mask, f"{path}: no pixels may be missing, the model's corruption is {metadata['corruption']}")
+        require(known.all() and not mask, f"{path}: no pixels may be missing where the corruption is {metadata['corruption']}")
     if mask:
-        shape = np.asarray(read(mask).convert("L"))
-        require(shape.shape == known.shape[1:], f"{mask} has {shape.shape[1]}x{shape.shape[0]} pixels, {path} {image.width}x{image.height}")
-        known = known & (shape >= 128)
+        given = read(mask).convert("L")
+        require(given.size == image.size, "{} has {}x{} pixels, {} {}x{}".format(mask, *given.size, path, *image.size))
+        known = known & (np.asarray(given) >= 128)
     if metadata["corruption"] == "downsample":  # y repeats each pixel
         factor = metadata["parameters"]["factor"]
         x, known = (v.repeat(factor, 1).repeat(factor, 2) for v in (x, known))
@@ -392,7 +395,7 @@ def find_images(inputs: list[str], out: Path) -> dict[Path, Path]:
         require(len(files) > 0, f"no images in {given}")
         for file in files:
             target = (out / file.relative_to(given if given.is_dir() else given.parent)).with_suffix("")
-            require(target not in found.values(), f"the outputs of two inputs would both be {target}_*.png, {file}'s among them")
+            require(target not in found.values(), f"two inputs, {file} among them, would both be restored to {target}")
             found[file] = target
     return found
 
@@ -485,7 +488,7 @@ def parse(argv: list[str]) -> dict:
     parser.add_argument("folder", metavar="runs/NAME", help="a run of diffem.py")
     parser.add_argument("-o", "--out", help="folder for the files (default: the run's)")
     parser.add_argument("--half", action="store_true", help="write model.half.onnx, in float16 but for its inputs and outputs")
-    parser.add_argument("--corruption", dest="own_corruption", metavar="FILE.py:CLASS", help="the run's own, if you trust that file")
+    parser.add_argument("--corruption", dest="own_corruption", metavar="FILE.py:CLASS", help="the run's own, if you trust it")
     return vars(parser.parse_args(argv))
 
 

@@ -469,7 +469,7 @@ def test_pictures_that_the_model_cannot_take(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda y: y[:, 1:], r"takes observations \(N, 4, H, W\), not \(2, 3, 8, 8\)"),
+        (lambda y: y[:, 1:], r"must be \(N, 4, H, W\), not \(2, 3, 8, 8\)"),
         (lambda y: y[0], r"not \(4, 8, 8\)"),
         (lambda y: np.where(y == y[0, 0, 0, 0], np.nan, y), "not finite"),
         (lambda y: y * 0.5, "must be 0 or 1"),
