@@ -108,15 +108,12 @@ def onnx_step(denoiser, half: bool, metadata: dict) -> bytes:
     xt, before, noise = torch.zeros(3, 2, *denoiser.x_shape)  # one tensor for all three would be taken for one input
     batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
     image = {0: batch, 2: height, 3: width}
-    try:
-        program = torch.onnx.export(
-            Step().eval(), (xt, torch.ones(2), torch.zeros(2, *denoiser.y_shape), torch.ones(4), before, noise),
-            dynamo=True, opset_version=20, verbose=False,
-            input_names=["xt", "sigma", "y", "coefficients", "x0_before", "noise"], output_names=["xs", "x0"],
-            dynamic_shapes=(image, {0: batch}, image, {}, image, image),
-        )  # fmt: skip
-    except Exception as error:  # torch.onnx raises many kinds
-        raise ExportError(f"torch.onnx.export of PyTorch {torch.__version__} fails on this model (2.14 does not)") from error
+    program = torch.onnx.export(
+        Step().eval(), (xt, torch.ones(2), torch.zeros(2, *denoiser.y_shape), torch.ones(4), before, noise),
+        dynamo=True, opset_version=20, verbose=False,
+        input_names=["xt", "sigma", "y", "coefficients", "x0_before", "noise"], output_names=["xs", "x0"],
+        dynamic_shapes=(image, {0: batch}, image, {}, image, image),
+    )  # fmt: skip
     graph = program.model.graph
     for part in (graph, *graph.all_nodes(), *graph.initializers.values()):  # PyTorch's notes, paths of this machine among them
         part.metadata_props.clear()
@@ -198,10 +195,16 @@ def export(folder: str, out: str | None = None, half: bool = False, own_corrupti
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that torch.jit is deprecated, and what torch.onnx says of its own code
-            script.write_bytes(torchscript(denoiser, settings).save_to_buffer())
-            if len(denoiser.x_shape) == 3:
-                onnx.write_bytes(onnx_step(copy.deepcopy(denoiser), half, describe(denoiser, settings, half)))
-            errors = largest_errors(denoiser, script, onnx)
+            try:
+                script.write_bytes(torchscript(denoiser, settings).save_to_buffer())
+                if len(denoiser.x_shape) == 3:
+                    onnx.write_bytes(onnx_step(copy.deepcopy(denoiser), half, describe(denoiser, settings, half)))
+                errors = largest_errors(denoiser, script, onnx)
+            except OSError:
+                raise
+            except Exception as error:  # torch.jit, torch.onnx and onnxruntime raise many kinds
+                reason = " ".join(str(error).split())[:200]
+                raise ExportError(f"PyTorch {torch.__version__} cannot export this model (2.14 can): {reason}") from error
         for path, error in errors.items():
             most = 0.04 if path == onnx and half else 1e-4
             require(error <= most, f"{path.stem} differs from PyTorch by {error:.2g}, more than {most:g}: not kept")
