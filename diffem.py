@@ -372,14 +372,17 @@ class Projection(Corruption):
     def precondition(self, xt: Tensor, sigma: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         A, value = y[..., :-1], y[..., -1:]  # (B, rows, d), (B, rows, 1)
         variance, mean = (sigma**2 / (sigma**2 + 1))[..., None], (xt / (sigma**2 + 1))[..., None]
-        # mean += v A^T (v A A^T + s^2 I)^-1 (y - A mean)
-        S = variance * (A @ A.mT) + self.noise**2 * torch.eye(A.shape[1], dtype=xt.dtype, device=xt.device)
-        mean = mean + variance * A.mT @ torch.linalg.solve(S, value - A @ mean)
-        # A^T A = V diag(l) V^T,  root = V diag(1 / v + l / s^2)^(-1/2) V^T. This root, the symmetric one, is sqrt(v) I on all
-        # that A does not see: there F corrects x0 itself. A triangular one varies with A, and F would have to learn how.
-        eigenvalues, V = torch.linalg.eigh(A.mT @ A)
-        scale = (1 / variance + eigenvalues[:, None].clamp_min(0) / self.noise**2).rsqrt()  # (B, 1, d)
-        return mean[..., 0], (V * scale) @ V.mT
+        # A A^T = U diag(l) U^T, and with B = U^T A:  mean += v B^T (v l + s^2)^-1 U^T (y - A mean)
+        eigenvalues, U = torch.linalg.eigh(A @ A.mT)
+        B, s2 = U.mT @ A, self.noise**2
+        gain = variance / (variance * eigenvalues[..., None].clamp_min(0) + s2)  # (B, rows, 1)
+        mean = mean + B.mT @ (gain * (U.mT @ (value - A @ mean)))
+        # The covariance's symmetric root:  sqrt(v) (I + v A^T A / s^2)^(-1/2) = sqrt(v) (I - B^T diag(w) B). It is sqrt(v) I on
+        # all that A does not see: there F corrects x0 itself. A triangular one varies with A, and F would have to learn how.
+        q = (1 + variance * eigenvalues[..., None].clamp_min(0) / s2).sqrt()
+        w = variance / s2 / (q * (1 + q))  # (1 - 1 / q) / l
+        identity = torch.eye(xt.shape[1], dtype=xt.dtype, device=xt.device)
+        return mean[..., 0], variance.sqrt() * (identity - B.mT @ (w * B))
 
 
 CORRUPTIONS = dict(mask=Mask, block=Block, blur=Blur, downsample=Downsample, noise=Noise, jpeg=Jpeg, projection=Projection)
