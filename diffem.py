@@ -98,7 +98,8 @@ class Config:
         require(len(self.channels) > 0 and min(self.channels) > 0, "channels must be positive")
         for name in ("blocks", "heads", "laps", "steps", "batch", "sample_steps", "sample_batch", "prior_rank", "prior_laps"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("dropout", "ema", "blank"):
+        require(0 <= self.blank <= 1, f"blank must be in [0, 1], not {self.blank}")
+        for name in ("dropout", "ema"):
             require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), not {getattr(self, name)}")
         require(self.lr > 0 and self.clip > 0, "lr and clip must be above 0")
         require(0 < self.sigma_min < self.sigma_max, "sigma_min must be above 0 and below sigma_max")

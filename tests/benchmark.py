@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+import baselines  # noqa: E402
+
 import diffem  # noqa: E402
 import export  # noqa: E402
 
@@ -129,12 +132,116 @@ def compare_exports(options: argparse.Namespace) -> None:
     table("Sampling 16 images of 32x32 by 8 steps", rows, dict(rounds=rounds, steps=steps, seed=0))
 
 
+# ---- manifold: DiffEM and EM-MMPS on a curve in R^5, the paper's first experiment ------------------------------------
+
+PUBLISHED = dict(steps=4096, sample_steps=256, ema=0.9999**4)  # the official code's of both; its EMA for a quarter of a lap
+MANIFOLD = {  # each method's settings on top of the manifold's preset
+    "DiffEM": dict(),
+    "DiffEM, published laps": PUBLISHED,
+    "EM-MMPS": PUBLISHED,
+    "EM-MMPS, Gaussian covariance": PUBLISHED,
+    "EM-MMPS, Gaussian covariance, our laps": dict(),
+}
+
+
+def observe_manifold(options: argparse.Namespace, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, diffem.Corruption]:
+    """x0 (16384, 5), its observations y, points along the curve, and the corruption."""
+    corruption = diffem.Projection(options.rows, options.noise)
+    if options.data:
+        data = np.load(options.data)
+        x0, A, value, curve = (torch.from_numpy(data[name]) for name in ("x", "A", "y", "curve"))
+        if (options.rows, options.noise) == (2, 0.01):
+            return x0, torch.cat([A, value[..., None]], -1), curve, corruption
+    else:
+        x0 = diffem.manifold(torch.rand(16384, generator=diffem.generator_for("cpu", seed, 0, 4)), seed)
+        curve = diffem.manifold(torch.linspace(0, 1, 20_001)[:-1], seed)
+    return x0, corruption(x0, diffem.generator_for("cpu", seed, 0, 0)), curve, corruption
+
+
+def transport(x: torch.Tensor, x0: torch.Tensor) -> float:
+    """The squared 2-Wasserstein distance of two clouds of as many points, exactly: the limit of Sinkhorn's for reg -> 0."""
+    import ot
+
+    return float(ot.emd2([], [], ot.dist(x.double().numpy(), x0.double().numpy()), numItermax=10**7))
+
+
+def sinkhorn_divergence(x: torch.Tensor, x0: torch.Tensor) -> float:
+    import ot
+
+    def cost(u: torch.Tensor, v: torch.Tensor) -> float:
+        return float(ot.sinkhorn2([], [], ot.dist(u.double(), v.double()), reg=1e-3, method="sinkhorn_log", numItermax=1000))
+
+    return cost(x, x0) - cost(x, x) / 2 - cost(x0, x0) / 2
+
+
+def run_manifold(name: str, seed: int, options: argparse.Namespace, bar: tqdm) -> list[dict]:
+    """A row for each lap that ends within the budget of CPU-seconds, in which the metrics do not count."""
+    x0, y, curve, corruption = observe_manifold(options, seed)
+    preset = diffem.PRESETS["manifold", "small"] | MANIFOLD[name] | dict(laps=10**6, seed=seed)
+    config, n = diffem.Settings(dataset="manifold", **preset), 4096
+    floor, rows, aside = transport(x0[:n], x0[-n:]), [], 0.0
+    start, shown = time.process_time(), bar.n
+    run = baselines.em_mmps(y, corruption, config, 0, "Gaussian" in name) if "MMPS" in name else diffem.em(y, corruption, config)
+    for state in run:
+        used = time.process_time() - start - aside
+        bar.update(round(shown + min(used, options.seconds) - bar.n, 1))
+        if used > options.seconds:
+            break
+        if state.drawn == len(y):
+            before, x = time.process_time(), state.x0[:n]
+            error = (corruption.measure(state.x0, y) - corruption.value(y)) / corruption.noise
+            rows.append({"method": name, "seed": seed, "lap": state.lap, "CPU-s": used, "transport": transport(x, x0[:n]) - floor,
+                         "to the curve": diffem.distance_to_curve(x, curve), "residual": float(error.square().mean().sqrt())})  # fmt: skip
+            aside += time.process_time() - before
+            print(json.dumps(rows[-1]), file=options.log, flush=True)
+    if options.sinkhorn:
+        x = diffem.sample(state.model, y[:n], 64, "ddpm", diffem.generator_for("cpu", seed, 9))
+        rows[-1]["Sinkhorn"] = sinkhorn_divergence(x, x0[:n]) - sinkhorn_divergence(x0[:n], x0[-n:])
+    return rows
+
+
+def compare_on_manifold(options: argparse.Namespace) -> None:
+    """DiffEM and EM-MMPS on a curve in R^5: the transport cost of 4,096 posterior samples to the truth, less that of two
+    clean sets, by CPU-seconds."""
+    names, rows = options.methods or list(MANIFOLD), []
+    total = len(names) * options.seeds * options.seconds
+    print(f"{len(names)} methods, {options.seeds} seeds, {options.seconds} CPU-seconds each: {total / 60:.0f} CPU-minutes and the metrics")
+    with open("benchmark-manifold.log", "a") as options.log, tqdm(total=total, unit="CPU-s", mininterval=5) as bar:
+        for name in names:
+            for seed in range(options.first_seed, options.first_seed + options.seeds):
+                rows += run_manifold(name, seed, options, bar)
+    marks = [options.seconds * share for share in (0.1, 0.25, 0.5, 0.75, 1)]
+    shown = []
+    for name in names:  # the last lap that ended before each mark, mean and spread over the seeds
+        for mark in marks:
+            last = [[row for row in rows if (row["method"], row["seed"]) == (name, seed) and row["CPU-s"] <= mark]
+                    for seed in range(options.first_seed, options.first_seed + options.seeds)]  # fmt: skip
+            last = [runs[-1] for runs in last]
+            row = {"method": name, "CPU-s": mark, "lap": last[0]["lap"]}
+            for key in ("transport", "to the curve", "residual", "Sinkhorn"):
+                values = [run[key] for run in last if key in run]
+                if values:
+                    row |= {key: float(np.mean(values)), f"{key} +-": float(np.std(values))}
+            shown.append(row)
+    table("Manifold", shown, {key: value for key, value in vars(options).items() if key not in ("function", "log")})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True)
     command = commands.add_parser("export", help=compare_exports.__doc__)
     command.add_argument("--rounds", type=int, default=15)
     command.set_defaults(function=compare_exports)
+    command = commands.add_parser("manifold", help=compare_on_manifold.__doc__)
+    command.add_argument("--data", help="an .npz with x, A, y and curve (default: our own generator's curves)")
+    command.add_argument("--rows", type=int, default=2, help="dimensions observed")
+    command.add_argument("--noise", type=float, default=0.01)
+    command.add_argument("--seconds", type=int, default=616, help="CPU-seconds a run")
+    command.add_argument("--seeds", type=int, default=3)
+    command.add_argument("--first-seed", type=int, default=0)
+    command.add_argument("--methods", nargs="*", choices=list(MANIFOLD))
+    command.add_argument("--sinkhorn", action="store_true", help="POT's Sinkhorn divergence of the last model, 64 steps: minutes")
+    command.set_defaults(function=compare_on_manifold)
     options = parser.parse_args()
     options.function(options)
 

@@ -1,0 +1,141 @@
+"""What DiffEM is compared with, on its own networks, schedule, data and corruptions.
+
+EM-MMPS   Rozet et al. 2024, arXiv 2405.13712: EM with an unconditional denoiser, guided by moment matching in the E-step.
+Ambient   Ambient Diffusion, Daras et al. 2023, arXiv 2305.19256: no EM; a denoiser trained on masked images with further
+          pixels masked. Images are restored with it by the same guidance.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+import diffem
+from diffem import Config, Corruption, Denoiser, GaussianPrior, Mask, State, conjugate_gradients
+
+
+class MMPS(nn.Module):
+    """The posterior mean from an unconditional denoiser, by moment matching; to be sampled as any denoiser.
+
+    E[x0 | xt, y] = D + sigma^2 J^T A^T (s^2 I + A (sigma^2 J^T) A^T)^-1 (y - A D),  J = dD / dxt the denoiser's Jacobian: a
+    symmetric matrix, as sigma^2 J = Cov[x0 | xt].
+
+    prior: where given, a Gaussian's Cov[x0 | xt] = (Sigma^-1 + I / sigma^2)^-1 is taken for sigma^2 J (the variant that was
+    published for the manifold). iterations: of conjugate gradients, 1 as published for images; 0: exact, for vectors.
+    """
+
+    def __init__(self, denoiser: Denoiser, corruption: Corruption, iterations: int, prior: GaussianPrior | None = None):
+        super().__init__()
+        self.denoiser, self.corruption, self.iterations, self.prior = denoiser, corruption, iterations, prior
+        self.sigma_min, self.sigma_max = denoiser.sigma_min, denoiser.sigma_max
+
+    def forward(self, xt: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
+        nothing, variance = torch.zeros_like(y), sigma.view(-1, *[1] * (xt.ndim - 1)) ** 2
+        if self.prior is None:
+            x0, jacobian = torch.func.vjp(lambda xt: self.denoiser(xt, sigma, nothing), xt)
+
+            def covariance(v: Tensor) -> Tensor:
+                return variance * jacobian(v)[0]
+        else:
+            x0 = self.denoiser(xt, sigma, nothing)
+            U, psi = self.prior.U, self.prior.psi
+            l, V = torch.linalg.eigh(U @ U.T)  # Sigma = U U^T + psi I = V diag(l) V^T
+            l = l.clamp_min(0) + psi
+            shrunk = l * variance.flatten(1) / (l + variance.flatten(1))  # (B, d)
+
+            def covariance(v: Tensor) -> Tensor:
+                return (v.flatten(1) @ V * shrunk @ V.T).view_as(v)
+
+        _, adjoint = torch.func.vjp(lambda x: self.corruption.measure(x, y), x0)
+
+        def uncertainty(v: Tensor) -> Tensor:  # A (sigma^2 J^T) A^T v
+            return self.corruption.measure(covariance(adjoint(v)[0]), y)
+
+        residual, s2 = self.corruption.value(y) - self.corruption.measure(x0, y), self.corruption.noise_variance()
+        if self.iterations == 0:
+            columns = [uncertainty(e.expand_as(residual)) for e in torch.eye(residual.shape[1])]
+            S = torch.stack(columns, 2)  # (B, m, m); a network's is symmetric and positive only nearly
+            eigenvalues, U = torch.linalg.eigh((S + S.mT) / 2)
+            v = (U @ ((U.mT @ residual[..., None]) / (eigenvalues.clamp_min(0) + s2)[..., None]))[..., 0]
+        else:
+            v = conjugate_gradients(lambda v: uncertainty(v) + s2 * v, residual, tolerance=1e-4, most=self.iterations)
+        return x0 + covariance(adjoint(v)[0])
+
+
+class MMPSState(State):
+    """A state whose E-step is guided: `em` needs no more to run EM-MMPS."""
+
+    iterations: int = 1
+    gaussian: bool = False
+    observed_by: Corruption
+
+    @property
+    def model(self) -> MMPS:
+        denoiser, prior = self.average.module.eval(), None
+        if self.gaussian:
+            generator = diffem.generator_for(self.x0.device, self.lap)
+            prior = GaussianPrior(*diffem.principal_components(self.x0, self.x0[0].numel() - 1, generator), self.observed_by)
+        return MMPS(denoiser, self.observed_by, self.iterations, prior)
+
+
+def em_mmps(y: Tensor, corruption: Corruption, config: Config, iterations: int = 1, gaussian: bool = False):
+    """As `diffem.em`, from the same Gaussian start, with a denoiser that is never shown an observation."""
+    config = replace(config, blank=1.0)
+    start = next(diffem.em(y, corruption, config))
+    state = MMPSState(**vars(start))
+    state.iterations, state.gaussian, state.observed_by = iterations, gaussian, corruption
+    yield state
+    yield from diffem.em(y, corruption, config, state)
+
+
+class Masked(Corruption):
+    """Preconditioning for an xt of which only the pixels are shown that y's last channel says: 0 and N(0, I) elsewhere."""
+
+    def precondition(self, xt: Tensor, sigma: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return xt / (sigma**2 + 1), (1 - y[:, -1:] / (sigma**2 + 1)).sqrt().expand_as(xt)
+
+
+class AmbientDenoiser(nn.Module):
+    """D(A~ xt, sigma, A~) with a fixed further mask A~: y (B, C + 1, H, W) is looked at for its size alone."""
+
+    def __init__(self, denoiser: Denoiser, rate: float, seed: int):
+        super().__init__()
+        self.denoiser, self.rate, self.seed = denoiser, rate, seed
+        self.sigma_min, self.sigma_max, self.corruption = denoiser.sigma_min, denoiser.sigma_max, denoiser.corruption
+
+    def forward(self, xt: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
+        mask = Mask(self.rate).mask(xt[:1], diffem.generator_for(xt.device, self.seed)).expand(len(xt), -1, -1, -1)
+        return self.denoiser(mask * xt, sigma, torch.cat([torch.zeros_like(xt), mask], 1))
+
+
+def ambient(y: Tensor, rate: float, further: float, config: Config, seconds) -> AmbientDenoiser:
+    """Trains on masked images y (N, C + 1, H, W) until `seconds()` is False.
+
+    Each image loses a further share of its pixels, A~ = B A. The network sees A~ (x0 + sigma eps), and is to give what A shows:
+        E_{A~, sigma, eps} lambda(sigma, A~) || A (D(A~ xt, sigma, A~) - x0) ||^2,  lambda = 1 / (1 - A~ / (sigma^2 + 1))
+    """
+    with diffem.torch_seeded_by(diffem.generator_for("cpu", config.seed, 0, 2)):
+        denoiser = Denoiser(list(y[0, :-1].shape), list(y[0].shape), Masked(), config)
+    denoiser.network.to(memory_format=torch.channels_last)
+    average, optimizer = diffem.new_optimizer(denoiser, config)
+    step = 0
+    while seconds():
+        generator = diffem.generator_for(y.device, config.seed, 1, step)
+        batch = y[torch.randint(len(y), (config.batch,), generator=generator)]
+        x0, known = batch[:, :-1], batch[:, -1:]
+        if config.flip:
+            mirror = torch.rand(len(x0), 1, 1, 1, generator=generator) < 0.5
+            x0, known = (torch.where(mirror, v.flip(3), v) for v in (x0, known))
+        mask = known * (torch.rand(known.shape, generator=generator) >= further)
+        t = torch.rand(len(y[: config.batch]), 5, generator=generator).median(1).values
+        sigma = diffem.noise_level(t, config).view(-1, 1, 1, 1)
+        xt = x0 + sigma * diffem.randn_like(x0, generator)
+        error = known * (denoiser(mask * xt, sigma.flatten(), torch.cat([torch.zeros_like(x0), mask], 1)) - x0)
+        loss = (error.square() / (1 - mask / (sigma**2 + 1))).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(denoiser.parameters(), config.clip)
+        optimizer.step()
+        average.update_parameters(denoiser)
+        step += 1
+    return AmbientDenoiser(average.module.eval(), 1 - (1 - rate) * (1 - further), config.seed)

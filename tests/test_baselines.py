@@ -1,0 +1,55 @@
+"""The baselines against closed forms."""
+
+import pytest
+import torch
+from test_method import ExactDenoiser, draw, gaussian
+
+import baselines
+import diffem
+from diffem import Config, GaussianPrior, Mask, Projection
+
+
+@pytest.mark.parametrize("variant", ["jacobian", "covariance"])
+def test_moment_matching_is_exact_for_a_gaussian(variant, generator):
+    mean, covariance = gaussian(4, generator)
+    corruption = Projection(rows=2, noise=0.3)
+    y = corruption(draw(mean, covariance, 16, generator), generator)
+    exact = ExactDenoiser(mean, covariance, corruption)  # where y = 0, unconditional
+    prior = None
+    if variant == "covariance":
+        l, V = torch.linalg.eigh(covariance.float())
+        psi = float(l[0]) / 2
+        prior = GaussianPrior(mean.float(), V * (l - psi).sqrt(), psi, corruption)
+    xt, sigma = torch.randn(16, 4, generator=generator), torch.linspace(0.1, 3, 16)
+    for iterations in (0, 10):  # exactly, and by conjugate gradients
+        guided = baselines.MMPS(exact, corruption, iterations, prior)
+        torch.testing.assert_close(guided(xt, sigma, y), exact(xt, sigma, y), atol=2e-3, rtol=2e-3)
+
+
+def test_em_mmps_samples_agree_with_the_observations(generator):
+    x0 = diffem.manifold(torch.rand(512, generator=generator), 0)
+    corruption = Projection(noise=0.1)
+    y = corruption(x0, generator)
+    config = Config(channels=(32,), laps=1, steps=50, batch=64, sigma_max=10.0, sample_steps=128, prior_rank=4)
+    for gaussian_covariance in (False, True):
+        *_, state = baselines.em_mmps(y, corruption, config, iterations=0, gaussian=gaussian_covariance)
+        assert state.lap == 1 and state.drawn == 512
+        error = (corruption.measure(state.x0, y) - corruption.value(y)) / corruption.noise
+        assert 0.5 < error.square().mean().sqrt() < 1.5
+        # The denoiser has never been shown an observation
+        blank = state.average.module.eval()(state.x0, torch.ones(512), torch.zeros_like(y))
+        assert blank.isfinite().all()
+
+
+def test_ambient_diffusion_learns_what_is_masked(generator):
+    """Constant images, of which half of the pixels are missing, each white or black: the rest follows from any pixel."""
+    x0 = torch.randn(256, 1, 1, 1, generator=generator).sign().expand(-1, 1, 8, 8)
+    y = Mask(0.5, noise=0.0)(x0, generator)
+    config = Config(channels=(16,), blocks=1, batch=32, ema=0.9)
+    steps = iter(range(400))
+    denoiser = baselines.ambient(y, 0.5, 0.2, config, lambda: next(steps, None) is not None)
+    assert denoiser.rate == pytest.approx(0.6)
+    xt = x0[:64] + 0.5 * torch.randn(64, 1, 8, 8, generator=generator)
+    with torch.no_grad():
+        error = denoiser(xt, torch.full((64,), 0.5), y[:64]) - x0[:64]
+    assert error.square().mean().sqrt() < 0.25
