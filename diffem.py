@@ -726,7 +726,7 @@ class State:
 
 
 def new_optimizer(denoiser: Denoiser, config: Config) -> tuple[AveragedModel, torch.optim.Optimizer]:
-    """Both start anew each lap, since the moments and the average belong to one set of reconstructions."""
+    """Both carry on from lap to lap: the reconstructions change little by little."""
     average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     return average, torch.optim.Adam(denoiser.parameters(), lr=config.lr)
 
@@ -754,9 +754,6 @@ def em(y: Tensor, corruption: Corruption, config: Config, state: State | None = 
         yield state
     while state.lap < config.laps or state.drawn < len(y):
         if state.drawn == len(y):
-            # The next lap: the weights go on from their average
-            state.denoiser.load_state_dict(state.average.module.state_dict())
-            state.average, state.optimizer = new_optimizer(state.denoiser, config)
             state.prior, state.lap, state.step, state.drawn = None, state.lap + 1, 0, 0
         if state.step < config.steps:
             m_step(state, corruption, config, generator_for(y.device, config.seed, state.lap, state.step))
@@ -855,8 +852,8 @@ PUBLISHED = dict(
 PRESETS = {
     ("digits", "small"): dict(parameters=dict(rate=0.5)),
     ("manifold", "small"): dict(
-        corruption="projection", channels=(256, 256, 256), laps=16, steps=1024, batch=1024, ema=0.995,
-        sigma_max=10.0, sample_steps=64, sample_batch=16384, prior_rank=4, prior_laps=16, held_out=4096, samples=2,
+        corruption="projection", channels=(256, 256, 256), laps=60, steps=200, batch=1024, ema=0.98,
+        sigma_max=10.0, sample_batch=16384, prior_rank=4, prior_laps=16, held_out=4096, samples=2,
     ),
     ("mnist", "small"): SMALL | dict(limit=10_000),
     ("fashion_mnist", "small"): SMALL | dict(limit=10_000, flip=True),

@@ -144,7 +144,7 @@ MANIFOLD = {  # each method's settings on top of the manifold's preset
 }
 
 
-def observe_manifold(options: argparse.Namespace, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, diffem.Corruption]:
+def observe_manifold(options: argparse.Namespace, seed: int) -> tuple:
     """x0 (16384, 5), its observations y, points along the curve, and the corruption."""
     corruption = diffem.Projection(options.rows, options.noise)
     if options.data:
@@ -175,11 +175,11 @@ def sinkhorn_divergence(x: torch.Tensor, x0: torch.Tensor) -> float:
 
 
 def run_manifold(name: str, seed: int, options: argparse.Namespace, bar: tqdm) -> list[dict]:
-    """A row for each lap that ends within the budget of CPU-seconds, in which the metrics do not count."""
+    """A row for the first lap that ends in each tenth of the budget of CPU-seconds, in which the metrics do not count."""
     x0, y, curve, corruption = observe_manifold(options, seed)
     preset = diffem.PRESETS["manifold", "small"] | MANIFOLD[name] | dict(laps=10**6, seed=seed)
     config, n = diffem.Settings(dataset="manifold", **preset), 4096
-    floor, rows, aside = transport(x0[:n], x0[-n:]), [], 0.0
+    floor, rows, aside, tenth = transport(x0[:n], x0[-n:]), [], 0.0, -1
     start, shown = time.process_time(), bar.n
     run = baselines.em_mmps(y, corruption, config, 0, "Gaussian" in name) if "MMPS" in name else diffem.em(y, corruption, config)
     for state in run:
@@ -187,11 +187,13 @@ def run_manifold(name: str, seed: int, options: argparse.Namespace, bar: tqdm) -
         bar.update(round(shown + min(used, options.seconds) - bar.n, 1))
         if used > options.seconds:
             break
-        if state.drawn == len(y):
+        if state.drawn == len(y) and int(10 * used / options.seconds) > tenth:
+            tenth = int(10 * used / options.seconds)
             before, x = time.process_time(), state.x0[:n]
             error = (corruption.measure(state.x0, y) - corruption.value(y)) / corruption.noise
             rows.append({"method": name, "seed": seed, "lap": state.lap, "CPU-s": used, "transport": transport(x, x0[:n]) - floor,
-                         "to the curve": diffem.distance_to_curve(x, curve), "residual": float(error.square().mean().sqrt())})  # fmt: skip
+                         "to the curve": diffem.distance_to_curve(x, curve),
+                         "residual": float(error.square().mean().sqrt())})  # fmt: skip
             aside += time.process_time() - before
             print(json.dumps(rows[-1]), file=options.log, flush=True)
     if options.sinkhorn:
@@ -205,17 +207,19 @@ def compare_on_manifold(options: argparse.Namespace) -> None:
     clean sets, by CPU-seconds."""
     names, rows = options.methods or list(MANIFOLD), []
     total = len(names) * options.seeds * options.seconds
-    print(f"{len(names)} methods, {options.seeds} seeds, {options.seconds} CPU-seconds each: {total / 60:.0f} CPU-minutes and the metrics")
+    print(f"{len(names)} methods, {options.seeds} seeds, {options.seconds} CPU-seconds each: {total / 60:.0f} minutes, and metrics")
     with open("benchmark-manifold.log", "a") as options.log, tqdm(total=total, unit="CPU-s", mininterval=5) as bar:
         for name in names:
             for seed in range(options.first_seed, options.first_seed + options.seeds):
                 rows += run_manifold(name, seed, options, bar)
-    marks = [options.seconds * share for share in (0.1, 0.25, 0.5, 0.75, 1)]
+    marks = [options.seconds * share for share in (0.02, 0.15, 0.25, 0.5, 0.75, 1)]
     shown = []
     for name in names:  # the last lap that ended before each mark, mean and spread over the seeds
         for mark in marks:
             last = [[row for row in rows if (row["method"], row["seed"]) == (name, seed) and row["CPU-s"] <= mark]
                     for seed in range(options.first_seed, options.first_seed + options.seeds)]  # fmt: skip
+            if not all(last):
+                continue
             last = [runs[-1] for runs in last]
             row = {"method": name, "CPU-s": mark, "lap": last[0]["lap"]}
             for key in ("transport", "to the curve", "residual", "Sinkhorn"):
@@ -224,6 +228,108 @@ def compare_on_manifold(options: argparse.Namespace) -> None:
                     row |= {key: float(np.mean(values)), f"{key} +-": float(np.std(values))}
             shown.append(row)
     table("Manifold", shown, {key: value for key, value in vars(options).items() if key not in ("function", "log")})
+
+
+# ---- images: DiffEM, EM-MMPS and Ambient Diffusion at equal CPU-seconds ----------------------------------------------
+
+
+def read_classes(options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (N, 3, H, W) in [-2, 2] and their classes (N,), the names of their folders, in a random order."""
+    files = diffem.image_files(options.data_dir)
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[: options.images + 1000]
+    files = [files[i] for i in order]
+    names = sorted({file.parent.name for file in files})
+    pixels = diffem.read_images(files, diffem.Settings(dataset="folder"))
+    return pixels.float() * (4 / 255) - 2, torch.tensor([names.index(file.parent.name) for file in files])
+
+
+def train_classifier(x0: torch.Tensor, classes: torch.Tensor) -> torch.nn.Module:
+    """A small network for the classes of clean images, for the sake of its 64 features."""
+    nn, F = torch.nn, torch.nn.functional
+    torch.manual_seed(0)
+    layers = [layer for a, b in ((3, 32), (32, 64), (64, 128))
+              for layer in (nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.SiLU(), nn.AvgPool2d(2))]  # fmt: skip
+    features = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 64), nn.SiLU())
+    head = nn.Linear(64, int(classes.max()) + 1)
+    optimizer = torch.optim.Adam([*features.parameters(), *head.parameters()], lr=2e-3)
+    for _ in tqdm(range(10), desc="classifier", leave=False):
+        for batch in torch.randperm(len(x0)).split(128):
+            loss = F.cross_entropy(head(features(x0[batch])), classes[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    features.eval()
+    with torch.no_grad():
+        right = [(head(features(x)).argmax(1) == c).float() for x, c in zip(x0[-1000:].split(500), classes[-1000:].split(500))]
+    print(f"classifier: {100 * float(torch.cat(right).mean()):.0f} % right on its training images")
+    return features
+
+
+@torch.no_grad()
+def frechet_distance(features: torch.nn.Module, x: torch.Tensor, x0: torch.Tensor) -> float:
+    """|m - m0|^2 + tr(C + C0 - 2 (C C0)^(1/2)) of the features of two sets of images."""
+    (m, C), (m0, C0) = ((f.mean(0), torch.cov(f.T)) for f in (features(v.clamp(-2, 2)).double() for v in (x, x0)))
+    root = torch.linalg.eigvals(C @ C0).real.clamp_min(0).sqrt().sum()
+    return float((m - m0).square().sum() + C.trace() + C0.trace() - 2 * root)
+
+
+def train_on_images(name: str, y: torch.Tensor, corruption: diffem.Corruption, config: diffem.Settings, seconds: int, bar: tqdm):
+    """A denoiser to sample the posterior with, after so many CPU-seconds."""
+    start = time.process_time()
+    shown = bar.n
+
+    def within() -> bool:
+        used = time.process_time() - start
+        bar.update(round(shown + min(used, seconds) - bar.n, 1))
+        return used < seconds
+
+    if name == "Ambient":
+        denoiser = baselines.ambient(y, corruption.rate, 0.1, config, within)
+        return baselines.MMPS(denoiser, corruption, 1), denoiser, "-"
+    for state in baselines.em_mmps(y, corruption, config) if name == "EM-MMPS" else diffem.em(y, corruption, config):
+        if not within():
+            break
+    return state.model, state.average.module.eval(), state.lap
+
+
+def compare_on_images(options: argparse.Namespace) -> None:
+    """DiffEM, EM-MMPS and Ambient Diffusion on images, with as many CPU-seconds for each."""
+    corruptions = [text.split() for text in options.corruptions]
+    jobs = [(corruption, name) for corruption in corruptions for name in options.methods
+            if not (name == "Ambient" and corruption[0] != "mask" or name == "EM-MMPS" and corruption[0] == "jpeg")]  # fmt: skip
+    total = len(jobs) * options.seconds
+    print(f"{len(jobs)} runs of {options.seconds} CPU-seconds: {total / 60:.0f} minutes, and the classifier and metrics")
+    x, classes = read_classes(options)
+    x0, truth = x[:-1000], x[-1000:][: options.held_out]
+    features, rows = train_classifier(x0, classes[:-1000]), []
+    with tqdm(total=total, unit="CPU-s", mininterval=5) as bar:
+        for (kind, *numbers), name in jobs:
+            corruption = diffem.CORRUPTIONS[kind](*(float(number) if "." in number else int(number) for number in numbers))
+            steps = options.mmps_steps if name != "DiffEM" else 16
+            preset = diffem.SMALL | dict(laps=10**6, steps=500, sample_steps=steps, flip=True, seed=options.seed)
+            config = diffem.Settings(dataset="folder", **preset)
+            generator = diffem.generator_for("cpu", options.seed, 0)
+            y, observed = (diffem.corrupt(v, corruption, generator) for v in (x0, truth))
+            guided, prior, lap = train_on_images(name, y, corruption, config, options.seconds, bar)
+            generator, start = diffem.generator_for("cpu", options.seed, 2), time.process_time()
+            parts = observed.split(250) * 4
+            samples = torch.cat([diffem.sample(guided, part, steps, "ddpm", generator) for part in parts]).view(4, *truth.shape)
+            speed = samples[:, :, 0, 0, 0].numel() / (time.process_time() - start)
+            blank = torch.zeros_like(observed)
+            new = torch.cat([diffem.sample(prior, part, 64, "ddpm", generator) for part in blank.split(250)])
+            mean = samples.mean(0)
+            rows.append({
+                "corruption": " ".join([kind, *numbers]), "method": name, "lap": lap, "PSNR": diffem.psnr(samples[0], truth),
+                "PSNR of the mean": diffem.psnr(mean, truth), "SSIM": diffem.ssim(samples[0], truth),
+                "SSIM of the mean": diffem.ssim(mean, truth), "spread": float(samples.std(0).square().mean().sqrt()),
+                "Frechet, posterior": frechet_distance(features, samples[0], x0),
+                "Frechet, prior": frechet_distance(features, new, x0),
+                "samples a CPU-second": speed,
+            })  # fmt: skip
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    floor = frechet_distance(features, truth, x0)
+    table(f"Images, {options.seconds} CPU-seconds each, Frechet distance of the held-out truth itself {floor:.2f}", rows,
+          {key: value for key, value in vars(options).items() if key != "function"})  # fmt: skip
 
 
 def main() -> None:
@@ -242,6 +348,16 @@ def main() -> None:
     command.add_argument("--methods", nargs="*", choices=list(MANIFOLD))
     command.add_argument("--sinkhorn", action="store_true", help="POT's Sinkhorn divergence of the last model, 64 steps: minutes")
     command.set_defaults(function=compare_on_manifold)
+    command = commands.add_parser("images", help=compare_on_images.__doc__)
+    command.add_argument("--data-dir", required=True, help="images in a folder a class")
+    command.add_argument("--images", type=int, default=10_000)
+    command.add_argument("--held-out", type=int, default=500)
+    command.add_argument("--corruptions", nargs="*", default=["mask 0.75", "mask 0.5", "blur 1.5", "jpeg 10"])
+    command.add_argument("--methods", nargs="*", default=["DiffEM", "EM-MMPS", "Ambient"])
+    command.add_argument("--seconds", type=int, default=3600, help="CPU-seconds a run")
+    command.add_argument("--mmps-steps", type=int, default=64, help="evaluations of the guided samplers, which need more")
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(function=compare_on_images)
     options = parser.parse_args()
     options.function(options)
 
