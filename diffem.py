@@ -88,6 +88,7 @@ class Config:
     jitter: bool = setting(False, "change hue and saturation slightly in the M-step")
     method: str = setting("ddpm", "sampler: ddpm, ddim or dpm2m")
     sample_steps: int = setting(16, "network evaluations to sample an image")
+    first_sample_steps: int = setting(0, "those of the first E-step, growing to sample_steps over half of the laps; 0: all")
     sample_batch: int = setting(512, "images sampled at once")
     prior_rank: int = setting(32, "rank of the Gaussian prior's covariance")
     prior_laps: int = setting(8, "EM iterations of the Gaussian prior")
@@ -104,10 +105,17 @@ class Config:
         require(self.lr > 0 and self.clip > 0, "lr and clip must be above 0")
         require(0 < self.sigma_min < self.sigma_max, "sigma_min must be above 0 and below sigma_max")
         sampler(self.method, self.sample_steps, self.sigma_min, self.sigma_max)  # raises where there is no such method
+        require(0 <= self.first_sample_steps <= self.sample_steps, "first_sample_steps must be in 0 to sample_steps")
         require(self.seed >= 0, f"seed must not be negative, as is {self.seed}")
         levels = range(len(self.channels))
         odd = [i for i in self.attention if i not in levels or self.channels[i] % self.heads]
         require(not odd, f"attention at {odd} needs levels in 0 to {levels[-1]}, of channels that {self.heads} heads divide")
+
+    def evaluations(self, lap: int) -> int:
+        """Of the network, for an image, in the E-step of a lap from 1 on. Draws of few steps lie too close together. Where EM
+        itself is slow, for much is missing, that makes up for its lag: an over-relaxed EM, which must end by honest draws."""
+        first = self.first_sample_steps or self.sample_steps
+        return round(first * (self.sample_steps / first) ** min(1, 2 * (lap - 1) / self.laps))
 
 
 def generator_for(device, *key: int) -> torch.Generator:
@@ -763,7 +771,7 @@ def em(y: Tensor, corruption: Corruption, config: Config, state: State | None = 
         else:
             batch = y[state.drawn : state.drawn + config.sample_batch]
             generator = generator_for(y.device, config.seed, state.lap, config.steps + state.drawn)
-            x0 = sample(state.model, batch, config.sample_steps, config.method, generator)
+            x0 = sample(state.model, batch, config.evaluations(state.lap), config.method, generator)
             state.x0[state.drawn : state.drawn + len(batch)] = x0
             state.drawn += len(batch)
         yield state
@@ -853,7 +861,7 @@ PRESETS = {
     ("digits", "small"): dict(parameters=dict(rate=0.5)),
     ("manifold", "small"): dict(
         corruption="projection", channels=(256, 256, 256), laps=60, steps=200, batch=1024, ema=0.98,
-        sigma_max=10.0, sample_batch=16384, prior_rank=4, prior_laps=16, held_out=4096, samples=2,
+        sigma_max=10.0, first_sample_steps=4, sample_batch=16384, prior_rank=4, prior_laps=16, held_out=4096, samples=2,
     ),
     ("mnist", "small"): SMALL | dict(limit=10_000),
     ("fashion_mnist", "small"): SMALL | dict(limit=10_000, flip=True),
@@ -1249,6 +1257,11 @@ def shape_and_number(settings: Settings) -> tuple[list, int]:
     return shape, min(number, settings.limit or number)
 
 
+def work_before(lap: int, settings: Settings, number: int) -> int:
+    """Evaluations of the network in the laps before this one. A step is three an image: one forwards, two backwards."""
+    return sum(3 * settings.steps * settings.batch + number * settings.evaluations(i) for i in range(1, lap))
+
+
 def cost(settings: Settings, corruption: Corruption, shape: list, number: int) -> tuple[int, float, float]:
     """Parameters, floating point operations and bytes of a run, found on tensors without data."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -1261,8 +1274,7 @@ def cost(settings: Settings, corruption: Corruption, shape: list, number: int) -
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
             denoiser(*inputs)
     parameters = sum(p.numel() for p in denoiser.parameters())
-    # A step is three evaluations: one forwards, two backwards
-    evaluations = settings.laps * (3 * settings.steps * settings.batch + number * settings.sample_steps)
+    evaluations = work_before(settings.laps + 1, settings, number)
     # Weights, gradient, average and Adam's two moments; activations; x0 and y
     values = 5 * parameters + settings.batch * sum(saved) / 2 + number * (math.prod(shape) + math.prod(y_shape))
     return parameters, evaluations * counter.get_total_flops() / 2, 4 * values
@@ -1331,14 +1343,14 @@ def train(y: Tensor, data: str, held_out: tuple, corruption: Corruption, setting
     if state:
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         history = [line for line in map(json.loads, lines) if line["lap"] < state.lap + (state.drawn == len(y))]
-    lap_work = 3 * settings.steps * settings.batch + len(y) * settings.sample_steps
 
     def work(state: State | None) -> int:  # evaluations of the network, done so far
         if state is None or state.lap == 0:
             return 0
-        return (state.lap - 1) * lap_work + 3 * state.step * settings.batch + state.drawn * settings.sample_steps
+        before = work_before(state.lap, settings, len(y))
+        return before + 3 * state.step * settings.batch + state.drawn * settings.evaluations(state.lap)
 
-    saved, total = time.monotonic(), settings.laps * lap_work
+    saved, total = time.monotonic(), work_before(settings.laps + 1, settings, len(y))
     with stop_signals() as stop, tqdm(total=total, initial=work(state), unit="eval", unit_scale=True, disable=None) as bar:
         for state in em(y, corruption, settings, state):
             bar.update(work(state) - bar.n)
