@@ -50,6 +50,19 @@ def test_same_seed_same_result_and_torchs_generator_is_left_alone():
     assert torch.equal(torch.rand(1), after)
 
 
+def test_the_first_e_steps_take_fewer_evaluations(monkeypatch):
+    _, y = images()
+    config, taken = Config(**TINY | dict(laps=8, steps=1, sample_steps=16, first_sample_steps=4)), []
+    genuine = diffem.sample
+    monkeypatch.setattr(diffem, "sample", lambda m, y, steps, *rest: taken.append(steps) or genuine(m, y, steps, *rest))
+    for _ in em(y, Mask(0.5), config):
+        pass
+    assert taken[::3] == [4, 6, 8, 11, 16, 16, 16, 16]  # 4 * 4^(lap / 4), in three batches each
+    assert {Config(**TINY).evaluations(lap) for lap in (1, 2)} == {4}
+    with pytest.raises(DiffEMError, match="first_sample_steps"):
+        Config(first_sample_steps=17)
+
+
 def test_reconstructions_are_redrawn_each_lap_and_agree_with_the_observations():
     _, y = images()
     laps = {}
