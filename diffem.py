@@ -733,18 +733,14 @@ class State:
             raise DiffEMError(f"the loss is not finite in lap {self.lap}, step {int(bad[0]) + 1}: a lower --lr may help")
 
 
-def new_optimizer(denoiser: Denoiser, config: Config) -> tuple[AveragedModel, torch.optim.Optimizer]:
-    """Both carry on from lap to lap: the reconstructions change little by little."""
-    average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    return average, torch.optim.Adam(denoiser.parameters(), lr=config.lr)
-
-
 def new_state(x0: Tensor, y_shape: list, corruption: Corruption, config: Config) -> State:
     """The state before the first lap, with a new network, on the device of x0 (N, ...)."""
     with torch_seeded_by(generator_for("cpu", config.seed, 0, 2)):
         denoiser = Denoiser(list(x0.shape[1:]), y_shape, corruption, config)
     denoiser.to(x0.device).network.to(memory_format=torch.channels_last)  # the faster one for convolutions
-    return State(x0, denoiser, *new_optimizer(denoiser, config), torch.zeros(config.steps, device=x0.device))
+    average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.lr)
+    return State(x0, denoiser, average, optimizer, torch.zeros(config.steps, device=x0.device))
 
 
 def em(y: Tensor, corruption: Corruption, config: Config, state: State | None = None):

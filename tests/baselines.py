@@ -114,10 +114,8 @@ def ambient(y: Tensor, rate: float, further: float, config: Config, seconds) -> 
     Each image loses a further share of its pixels, A~ = B A. The network sees A~ (x0 + sigma eps), and is to give what A shows:
         E_{A~, sigma, eps} lambda(sigma, A~) || A (D(A~ xt, sigma, A~) - x0) ||^2,  lambda = 1 / (1 - A~ / (sigma^2 + 1))
     """
-    with diffem.torch_seeded_by(diffem.generator_for("cpu", config.seed, 0, 2)):
-        denoiser = Denoiser(list(y[0, :-1].shape), list(y[0].shape), Masked(), config)
-    denoiser.network.to(memory_format=torch.channels_last)
-    average, optimizer = diffem.new_optimizer(denoiser, config)
+    state = diffem.new_state(y[:1, :-1], list(y.shape[1:]), Masked(), config)
+    denoiser, average, optimizer = state.denoiser, state.average, state.optimizer
     step = 0
     while seconds():
         generator = diffem.generator_for(y.device, config.seed, 1, step)
