@@ -105,7 +105,7 @@ class Config:
         require(self.lr > 0 and self.clip > 0, "lr and clip must be above 0")
         require(0 < self.sigma_min < self.sigma_max, "sigma_min must be above 0 and below sigma_max")
         sampler(self.method, self.sample_steps, self.sigma_min, self.sigma_max)  # raises where there is no such method
-        require(0 <= self.first_sample_steps <= self.sample_steps, "first_sample_steps must be in 0 to sample_steps")
+        require(self.first_sample_steps >= 0, f"first_sample_steps must not be negative, as is {self.first_sample_steps}")
         require(self.seed >= 0, f"seed must not be negative, as is {self.seed}")
         levels = range(len(self.channels))
         odd = [i for i in self.attention if i not in levels or self.channels[i] % self.heads]
@@ -114,7 +114,7 @@ class Config:
     def evaluations(self, lap: int) -> int:
         """Of the network, for an image, in the E-step of a lap from 1 on. Draws of few steps lie too close together. Where EM
         itself is slow, for much is missing, that makes up for its lag: an over-relaxed EM, which must end by honest draws."""
-        first = self.first_sample_steps or self.sample_steps
+        first = min(self.first_sample_steps or self.sample_steps, self.sample_steps)
         return round(first * (self.sample_steps / first) ** min(1, 2 * (lap - 1) / self.laps))
 
 

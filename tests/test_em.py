@@ -58,9 +58,9 @@ def test_the_first_e_steps_take_fewer_evaluations(monkeypatch):
     for _ in em(y, Mask(0.5), config):
         pass
     assert taken[::3] == [4, 6, 8, 11, 16, 16, 16, 16]  # 4 * 4^(lap / 4), in three batches each
-    assert {Config(**TINY).evaluations(lap) for lap in (1, 2)} == {4}
+    assert {Config(**TINY | dict(first_sample_steps=first)).evaluations(lap) for lap in (1, 2) for first in (0, 9)} == {4}
     with pytest.raises(DiffEMError, match="first_sample_steps"):
-        Config(first_sample_steps=17)
+        Config(first_sample_steps=-1)
 
 
 def test_reconstructions_are_redrawn_each_lap_and_agree_with_the_observations():
