@@ -31,34 +31,32 @@ class MMPS(nn.Module):
 
     def forward(self, xt: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
         nothing, variance = torch.zeros_like(y), sigma.view(-1, *[1] * (xt.ndim - 1)) ** 2
-        if self.prior is None:
-            x0, jacobian = torch.func.vjp(lambda xt: self.denoiser(xt, sigma, nothing), xt)
-
-            def covariance(v: Tensor) -> Tensor:
-                return variance * jacobian(v)[0]
+        x0, jacobian = torch.func.vjp(lambda xt: self.denoiser(xt, sigma, nothing), xt)
+        if self.prior is not None:
+            l, V = torch.linalg.eigh(self.prior.U @ self.prior.U.T)  # Sigma = U U^T + psi I = V diag(l) V^T
+            l = l.clamp_min(0) + self.prior.psi
+            C = (V * (l * variance / (l + variance))[:, None]) @ V.T  # (B, d, d)
+        elif self.iterations == 0:
+            rows = torch.stack([jacobian(e.expand_as(xt))[0] for e in torch.eye(xt.shape[1])], 1)
+            l, V = torch.linalg.eigh(variance[..., None] * (rows + rows.mT) / 2)  # positive but for the network's errors
+            C = (V * l.clamp_min(0)[:, None]) @ V.mT
         else:
-            x0 = self.denoiser(xt, sigma, nothing)
-            U, psi = self.prior.U, self.prior.psi
-            l, V = torch.linalg.eigh(U @ U.T)  # Sigma = U U^T + psi I = V diag(l) V^T
-            l = l.clamp_min(0) + psi
-            shrunk = l * variance.flatten(1) / (l + variance.flatten(1))  # (B, d)
+            C = None
 
-            def covariance(v: Tensor) -> Tensor:
-                return (v.flatten(1) @ V * shrunk @ V.T).view_as(v)
+        def covariance(v: Tensor) -> Tensor:
+            return variance * jacobian(v)[0] if C is None else (C @ v[..., None])[..., 0]
 
         _, adjoint = torch.func.vjp(lambda x: self.corruption.measure(x, y), x0)
 
-        def uncertainty(v: Tensor) -> Tensor:  # A (sigma^2 J^T) A^T v
-            return self.corruption.measure(covariance(adjoint(v)[0]), y)
+        def operator(v: Tensor) -> Tensor:
+            return self.corruption.noise_variance() * v + self.corruption.measure(covariance(adjoint(v)[0]), y)
 
-        residual, s2 = self.corruption.value(y) - self.corruption.measure(x0, y), self.corruption.noise_variance()
+        residual = self.corruption.value(y) - self.corruption.measure(x0, y)
         if self.iterations == 0:
-            columns = [uncertainty(e.expand_as(residual)) for e in torch.eye(residual.shape[1])]
-            S = torch.stack(columns, 2)  # (B, m, m); a network's is symmetric and positive only nearly
-            eigenvalues, U = torch.linalg.eigh((S + S.mT) / 2)
-            v = (U @ ((U.mT @ residual[..., None]) / (eigenvalues.clamp_min(0) + s2)[..., None]))[..., 0]
+            S = torch.stack([operator(e.expand_as(residual)) for e in torch.eye(residual.shape[1])], 2)  # (B, m, m)
+            v = torch.linalg.solve(S, residual)
         else:
-            v = conjugate_gradients(lambda v: uncertainty(v) + s2 * v, residual, tolerance=1e-4, most=self.iterations)
+            v = conjugate_gradients(operator, residual, tolerance=1e-4, most=self.iterations)
         return x0 + covariance(adjoint(v)[0])
 
 

@@ -139,6 +139,7 @@ MANIFOLD = {  # each method's settings on top of the manifold's preset
     "DiffEM": dict(),
     "DiffEM, published laps": PUBLISHED,
     "EM-MMPS": PUBLISHED,
+    "EM-MMPS, our laps": dict(first_sample_steps=0),
     "EM-MMPS, Gaussian covariance": PUBLISHED,
     "EM-MMPS, Gaussian covariance, our laps": dict(first_sample_steps=0),
 }
