@@ -1,4 +1,5 @@
-"""Comparisons by measurement:  python tests/benchmark.py export  prints a table and appends it to benchmark.jsonl.
+"""Comparisons by measurement:  python tests/benchmark.py export | manifold | images  prints a table and appends it to
+benchmark.jsonl. `manifold` needs POT besides (pip install pot).
 
 Speeds are ratios within one run: the candidates take turns, the median of their times counts.
 """
