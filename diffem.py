@@ -383,12 +383,12 @@ class Projection(Corruption):
         variance, mean = (sigma**2 / (sigma**2 + 1))[..., None], (xt / (sigma**2 + 1))[..., None]
         # A A^T = U diag(l) U^T, and with B = U^T A:  mean += v B^T (v l + s^2)^-1 U^T (y - A mean)
         eigenvalues, U = torch.linalg.eigh(A @ A.mT)
-        B, s2 = U.mT @ A, self.noise**2
-        gain = variance / (variance * eigenvalues[..., None].clamp_min(0) + s2)  # (B, rows, 1)
+        l, B, s2 = eigenvalues.clamp_min(0)[..., None], U.mT @ A, self.noise**2
+        gain = variance / (variance * l + s2)  # (B, rows, 1)
         mean = mean + B.mT @ (gain * (U.mT @ (value - A @ mean)))
         # The covariance's symmetric root:  sqrt(v) (I + v A^T A / s^2)^(-1/2) = sqrt(v) (I - B^T diag(w) B). It is sqrt(v) I on
         # all that A does not see: there F corrects x0 itself. A triangular one varies with A, and F would have to learn how.
-        q = (1 + variance * eigenvalues[..., None].clamp_min(0) / s2).sqrt()
+        q = (1 + variance * l / s2).sqrt()
         w = variance / s2 / (q * (1 + q))  # (1 - 1 / q) / l
         identity = torch.eye(xt.shape[1], dtype=xt.dtype, device=xt.device)
         return mean[..., 0], variance.sqrt() * (identity - B.mT @ (w * B))
@@ -557,6 +557,11 @@ class Denoiser(nn.Module):
 def noise_level(t: Tensor, config: Config) -> Tensor:
     """sigma(t) = exp((1 - t) log sigma_min + t log sigma_max), t in [0, 1]."""
     return torch.exp((1 - t) * math.log(config.sigma_min) + t * math.log(config.sigma_max))
+
+
+def random_noise_level(number: int, config: Config, generator: torch.Generator) -> Tensor:
+    """(number,): sigma(t), t ~ Beta(3, 3), the median of five uniform numbers."""
+    return noise_level(torch.rand(number, 5, generator=generator, device=generator.device).median(1).values, config)
 
 
 def denoising_loss(denoiser: Denoiser, x0: Tensor, y: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
@@ -781,18 +786,22 @@ def m_step(state: State, corruption: Corruption, config: Config, generator: torc
     y = corruption(x0, generator)
     blank = torch.rand(len(y), generator=generator, device=device) < config.blank
     y = y.masked_fill(blank.view(-1, *[1] * (y.ndim - 1)), 0)
-    # t ~ Beta(3, 3), the median of five uniform numbers
-    t = torch.rand(len(y), 5, generator=generator, device=device).median(1).values
+    sigma = random_noise_level(len(y), config, generator)
     state.denoiser.train()
     with torch_seeded_by(generator):  # for dropout
-        loss = denoising_loss(state.denoiser, x0, y, noise_level(t, config), generator).mean()
+        loss = denoising_loss(state.denoiser, x0, y, sigma, generator).mean()
+    descend(state, loss, config)
+    state.losses[state.step] = loss.detach()
+    state.step += 1
+
+
+def descend(state: State, loss: Tensor, config: Config) -> None:
+    """One step of the optimiser, and of the weights' average."""
     state.optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(state.denoiser.parameters(), config.clip)
     state.optimizer.step()
     state.average.update_parameters(state.denoiser)
-    state.losses[state.step] = loss.detach()
-    state.step += 1
 
 
 def augment(x0: Tensor, config: Config, generator: torch.Generator) -> Tensor:

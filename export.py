@@ -119,15 +119,14 @@ def onnx_step(denoiser, half: bool, metadata: dict) -> bytes:
         part.metadata_props.clear()
     program.model.metadata_props.clear()
     program.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items()} | {"sha256": "0" * 64})
-    content = program.model_proto.SerializeToString()
-    start, end = SHA256.search(content).span(1)
-    return content[:start] + digest(content).encode() + content[end:]
+    return sealed(program.model_proto.SerializeToString())
 
 
-def digest(content: bytes) -> str:
-    """The sha256 of all of a model.onnx but for the one recorded in it."""
+def sealed(content: bytes) -> bytes:
+    """A model.onnx, with the sha256 of all the rest of it in the place kept for that."""
     start, end = SHA256.search(content).span(1)
-    return hashlib.sha256(content[:start] + content[end:]).hexdigest()
+    digest = hashlib.sha256(content[:start] + content[end:]).hexdigest()
+    return content[:start] + digest.encode() + content[end:]
 
 
 def describe(denoiser, settings, half: bool) -> dict:
@@ -264,9 +263,8 @@ class Restorer:
 
         require(device in ("auto", "cuda", "cpu"), f"unknown device {device}: auto, cuda or cpu")
         content = Path(path).read_bytes()
-        seal = SHA256.search(content)
-        require(seal is not None, f"{path} is not a model written by export.py, or not a whole one")
-        require(digest(content) == seal[1].decode(), f"{path} is damaged: its sha256 is not the one recorded in it")
+        require(SHA256.search(content) is not None, f"{path} is not a model written by export.py, or not a whole one")
+        require(sealed(content) == content, f"{path} is damaged: its sha256 is not the one recorded in it")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or cores
@@ -390,7 +388,7 @@ def read_image(path: Path, mask: Path | None, metadata: dict) -> np.ndarray:
 
 
 def find_images(inputs: list[str], out: Path) -> dict[Path, Path]:
-    """The image files among the inputs and in the folders among them, each with the path of its outputs less their endings."""
+    """The image files among the inputs and in the folders among them, by the path of their outputs less its ending."""
     suffixes, found = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}, {}
     for given in map(Path, inputs):
         require(given.exists(), f"no file or folder {given}")
@@ -398,8 +396,8 @@ def find_images(inputs: list[str], out: Path) -> dict[Path, Path]:
         require(len(files) > 0, f"no images in {given}")
         for file in files:
             target = (out / file.relative_to(given if given.is_dir() else given.parent)).with_suffix("")
-            require(target not in found.values(), f"two inputs, {file} among them, would both be restored to {target}")
-            found[file] = target
+            require(target not in found, f"two inputs, {file} among them, would both be restored to {target}")
+            found[target] = file
     return found
 
 
@@ -454,7 +452,7 @@ def restore(model: str, inputs: list[str], out: str, mask: str | None, steps: in
             write_images(target, images)
         waiting.clear()
 
-    for file, target in files.items():
+    for target, file in files.items():
         mask_file = Path(mask, target.relative_to(out).with_suffix(".png")) if mask and Path(mask).is_dir() else mask
         y = read_image(file, mask_file and Path(mask_file), meta)
         size = y[0].size

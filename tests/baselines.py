@@ -31,17 +31,18 @@ class MMPS(nn.Module):
 
     def forward(self, xt: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
         nothing, variance = torch.zeros_like(y), sigma.view(-1, *[1] * (xt.ndim - 1)) ** 2
-        x0, jacobian = torch.func.vjp(lambda xt: self.denoiser(xt, sigma, nothing), xt)
-        if self.prior is not None:
+        if self.prior is None:
+            x0, jacobian = torch.func.vjp(lambda xt: self.denoiser(xt, sigma, nothing), xt)
+            C = None
+            if self.iterations == 0:
+                rows = torch.stack([jacobian(e.expand_as(xt))[0] for e in torch.eye(xt.shape[1])], 1)
+                l, V = torch.linalg.eigh(variance[..., None] * (rows + rows.mT) / 2)  # positive but for the network's errors
+                C = (V * l.clamp_min(0)[:, None]) @ V.mT  # (B, d, d)
+        else:
+            x0 = self.denoiser(xt, sigma, nothing)
             l, V = torch.linalg.eigh(self.prior.U @ self.prior.U.T)  # Sigma = U U^T + psi I = V diag(l) V^T
             l = l.clamp_min(0) + self.prior.psi
             C = (V * (l * variance / (l + variance))[:, None]) @ V.T  # (B, d, d)
-        elif self.iterations == 0:
-            rows = torch.stack([jacobian(e.expand_as(xt))[0] for e in torch.eye(xt.shape[1])], 1)
-            l, V = torch.linalg.eigh(variance[..., None] * (rows + rows.mT) / 2)  # positive but for the network's errors
-            C = (V * l.clamp_min(0)[:, None]) @ V.mT
-        else:
-            C = None
 
         def covariance(v: Tensor) -> Tensor:
             return variance * jacobian(v)[0] if C is None else (C @ v[..., None])[..., 0]
@@ -113,25 +114,15 @@ def ambient(y: Tensor, rate: float, further: float, config: Config, seconds) -> 
         E_{A~, sigma, eps} lambda(sigma, A~) || A (D(A~ xt, sigma, A~) - x0) ||^2,  lambda = 1 / (1 - A~ / (sigma^2 + 1))
     """
     state = diffem.new_state(y[:1, :-1], list(y.shape[1:]), Masked(), config)
-    denoiser, average, optimizer = state.denoiser, state.average, state.optimizer
     step = 0
     while seconds():
         generator = diffem.generator_for(y.device, config.seed, 1, step)
-        batch = y[torch.randint(len(y), (config.batch,), generator=generator)]
+        batch = diffem.augment(y[torch.randint(len(y), (config.batch,), generator=generator)], config, generator)
         x0, known = batch[:, :-1], batch[:, -1:]
-        if config.flip:
-            mirror = torch.rand(len(x0), 1, 1, 1, generator=generator) < 0.5
-            x0, known = (torch.where(mirror, v.flip(3), v) for v in (x0, known))
         mask = known * (torch.rand(known.shape, generator=generator) >= further)
-        t = torch.rand(len(y[: config.batch]), 5, generator=generator).median(1).values
-        sigma = diffem.noise_level(t, config).view(-1, 1, 1, 1)
+        sigma = diffem.random_noise_level(len(x0), config, generator).view(-1, 1, 1, 1)
         xt = x0 + sigma * diffem.randn_like(x0, generator)
-        error = known * (denoiser(mask * xt, sigma.flatten(), torch.cat([torch.zeros_like(x0), mask], 1)) - x0)
-        loss = (error.square() / (1 - mask / (sigma**2 + 1))).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(denoiser.parameters(), config.clip)
-        optimizer.step()
-        average.update_parameters(denoiser)
+        error = known * (state.denoiser(mask * xt, sigma.flatten(), torch.cat([torch.zeros_like(x0), mask], 1)) - x0)
+        diffem.descend(state, (error.square() / (1 - mask / (sigma**2 + 1))).mean(), config)
         step += 1
-    return AmbientDenoiser(average.module.eval(), 1 - (1 - rate) * (1 - further), config.seed)
+    return AmbientDenoiser(state.average.module.eval(), 1 - (1 - rate) * (1 - further), config.seed)

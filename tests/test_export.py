@@ -16,7 +16,7 @@ from PIL import Image
 
 import diffem
 import export
-from export import SHA256, Restorer, digest
+from export import Restorer, sealed
 
 ROOT = Path(__file__).parents[1]
 
@@ -396,9 +396,7 @@ def rewritten(content: bytes, key: str, value) -> bytes:
     for entry in model.metadata_props:
         if entry.key == key:
             entry.value = json.dumps(value)
-    content = model.SerializeToString()
-    start, end = SHA256.search(content).span(1)
-    return content[:start] + digest(content).encode() + content[end:]
+    return sealed(model.SerializeToString())
 
 
 def test_bad_models(run, pictures, monkeypatch, capsys):
