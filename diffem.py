@@ -80,8 +80,9 @@ class Config:
     laps: int = setting(5, "EM iterations")
     steps: int = setting(400, "optimiser steps a lap")
     batch: int = setting(64, "images a step")
-    lr: float = setting(1e-3, "learning rate of Adam")
+    lr: float = setting(1e-3, "learning rate of Adam; it falls to 0 over the second half of the laps")
     clip: float = setting(1.0, "largest norm of the gradient")
+    precision: str = setting("auto", "of the U-Net: float32, bfloat16, or auto, bfloat16 where the hardware computes in it")
     ema: float = setting(0.99, "decay of the moving average of the weights, from which the E-step samples")
     blank: float = setting(0.1, "share of the M-step's observations that are blanked, to learn the prior")
     flip: bool = setting(False, "mirror images at random in the M-step")
@@ -103,6 +104,7 @@ class Config:
         for name in ("dropout", "ema"):
             require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), not {getattr(self, name)}")
         require(self.lr > 0 and self.clip > 0, "lr and clip must be above 0")
+        require(self.precision in ("auto", "float32", "bfloat16"), f"unknown precision {self.precision}: auto, float32, bfloat16")
         require(0 < self.sigma_min < self.sigma_max, "sigma_min must be above 0 and below sigma_max")
         sampler(self.method, self.sample_steps, self.sigma_min, self.sigma_max)  # raises where there is no such method
         require(self.first_sample_steps >= 0, f"first_sample_steps must not be negative, as is {self.first_sample_steps}")
@@ -110,6 +112,18 @@ class Config:
         levels = range(len(self.channels))
         odd = [i for i in self.attention if i not in levels or self.channels[i] % self.heads]
         require(not odd, f"attention at {odd} needs levels in 0 to {levels[-1]}, of channels that {self.heads} heads divide")
+
+    def learning_rate(self, lap: int, step: int) -> float:
+        """Constant, then falling to 0: once EM has come near, what is left is the noise of the weights."""
+        return self.lr * min(1, 2 - 2 * (lap - 1 + step / self.steps) / self.laps)
+
+    def bfloat16(self, device: torch.device) -> bool:
+        """Does the U-Net compute in bfloat16 there? The weights, and all outside of it, stay float32."""
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return self.precision == "bfloat16" or self.precision == "auto" and fast
 
     def evaluations(self, lap: int) -> int:
         """Of the network, for an image, in the E-step of a lap from 1 on. Draws of few steps lie too close together. Where EM
@@ -508,7 +522,7 @@ class UNet(nn.Module):
 
 
 class MLP(nn.Module):
-    """F for vectors."""
+    """F for vectors. What it is given for y are matrices (B, d, d)."""
 
     def __init__(self, inputs: int, outputs: int, config: Config):
         super().__init__()
@@ -534,21 +548,26 @@ class Denoiser(nn.Module):
         """x_shape, y_shape: of one x and one y, without the batch."""
         super().__init__()
         self.corruption, self.x_shape, self.y_shape = corruption, x_shape, y_shape
-        self.sigma_min, self.sigma_max = config.sigma_min, config.sigma_max
+        self.sigma_min, self.sigma_max, self.bfloat16 = config.sigma_min, config.sigma_max, False
         if len(x_shape) == 3:
             self.network = UNet(2 * x_shape[0] + y_shape[0], x_shape[0], config)
         else:
-            self.network = MLP(2 * x_shape[0] + math.prod(y_shape), x_shape[0], config)
+            self.network = MLP(2 * x_shape[0] + x_shape[0] ** 2, x_shape[0], config)
 
     def forward(self, xt: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
         """xt (B, ...), sigma (B,), y of the corruption's shape -> (B, ...)."""
         log_sigma = sigma.log()
         sigma = sigma.view([-1] + [1] * (xt.dim() - 1))
         mean, root = self.corruption.precondition(xt, sigma, y)
-        output = self.network(xt * (sigma**2 + 1).rsqrt(), mean, y, log_sigma)
-        if root.dim() > xt.dim():  # a matrix (B, d, d)
-            return mean + (root @ output[..., None])[..., 0]
-        return mean + root * output
+        xt, variance = xt * (sigma**2 + 1).rsqrt(), sigma**2 / (sigma**2 + 1)
+        if root.dim() == xt.dim():
+            if torch.jit.is_scripting() or not self.bfloat16:
+                return mean + root * self.network(xt, mean, y, log_sigma)
+            with torch.autocast(xt.device.type, torch.bfloat16, enabled=self.bfloat16):
+                return mean + root * self.network(xt, mean, y, log_sigma)
+        # A matrix (B, d, d). It tells F what y does, and does not change with the order, sign or mixture of A's rows
+        output = self.network(xt, mean, root / variance.sqrt()[..., None], log_sigma)
+        return mean + (root @ output[..., None])[..., 0]
 
 
 # ---- Noise levels, loss, sampler ------------------------------------------------------------------------------------
@@ -743,8 +762,9 @@ def new_state(x0: Tensor, y_shape: list, corruption: Corruption, config: Config)
     with torch_seeded_by(generator_for("cpu", config.seed, 0, 2)):
         denoiser = Denoiser(list(x0.shape[1:]), y_shape, corruption, config)
     denoiser.to(x0.device).network.to(memory_format=torch.channels_last)  # the faster one for convolutions
+    denoiser.bfloat16 = config.bfloat16(x0.device)
     average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.lr)
+    optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.lr, fused=True)
     return State(x0, denoiser, average, optimizer, torch.zeros(config.steps, device=x0.device))
 
 
@@ -787,6 +807,8 @@ def m_step(state: State, corruption: Corruption, config: Config, generator: torc
     blank = torch.rand(len(y), generator=generator, device=device) < config.blank
     y = y.masked_fill(blank.view(-1, *[1] * (y.ndim - 1)), 0)
     sigma = random_noise_level(len(y), config, generator)
+    for group in state.optimizer.param_groups:
+        group["lr"] = config.learning_rate(state.lap, state.step)
     state.denoiser.train()
     with torch_seeded_by(generator):  # for dropout
         loss = denoising_loss(state.denoiser, x0, y, sigma, generator).mean()

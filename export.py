@@ -186,6 +186,7 @@ def export(folder: str, out: str | None = None, half: bool = False, own_corrupti
         settings = checkpoint["settings"]
         corruption = diffem.corruption_class(own_corruption or settings.corruption, trusted=own_corruption is not None)
         denoiser = diffem.restore_state(checkpoint, corruption(**settings.parameters), settings).model
+        denoiser.bfloat16 = False  # the files compute in float32, by which they are judged
     except diffem.DiffEMError as error:
         raise ExportError(str(error)) from error
     out = Path(out or folder)

@@ -63,7 +63,7 @@ def exported(folder, *arguments):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """An exported model of colour images with missing pixels, with attention and dropout."""
-    config = dict(channels=(8, 16, 16), attention=(1, 2), heads=2, dropout=0.5)
+    config = dict(channels=(8, 16, 16), attention=(1, 2), heads=2, dropout=0.5, precision="float32")
     folder = make_run(tmp_path_factory.mktemp("export") / "runs" / "colour", (3, 16, 16), **config)
     done = python(ROOT / "export.py", folder, cwd=folder.parent)
     assert done.returncode == 0 and done.stderr == "", done.stderr

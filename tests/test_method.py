@@ -189,8 +189,8 @@ def test_trained_denoiser_comes_close_to_the_exact_one(generator):
 
 
 NETWORKS = [
-    ([3, 16, 16], Mask(), Config(channels=(16, 32), blocks=1, attention=(1,), dropout=0.1)),
-    ([1, 7, 5], Blur(0.5), Config(channels=(8, 8, 16), blocks=2)),  # sizes that do not halve evenly
+    ([3, 16, 16], Mask(), Config(channels=(16, 32), blocks=1, attention=(1,), dropout=0.1, precision="float32")),
+    ([1, 7, 5], Blur(0.5), Config(channels=(8, 8, 16), blocks=2, precision="float32")),  # sizes that do not halve evenly
     ([5], Projection(), Config(channels=(32, 32))),
 ]
 
@@ -224,3 +224,29 @@ def test_batched_equals_single_and_scripted(shape, corruption, config, generator
         scripted = torch.jit.script(state.model)(x0, sigma, y)
     torch.testing.assert_close(batch, singles, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(batch, scripted, atol=1e-6, rtol=1e-6)
+
+
+def test_bfloat16_is_near_float32(generator):
+    shape, corruption, config = NETWORKS[0]
+    state, x0, y = trained(shape, corruption, config, generator)
+    sigma = torch.logspace(-2, 1, len(x0))
+    with torch.no_grad():
+        full = state.model(x0, sigma, y)
+        state.model.bfloat16 = True
+        half = state.model(x0, sigma, y)
+    assert half.dtype == torch.float32
+    assert 0 < (half - full).abs().max() < 0.02  # bfloat16 has 8 bits
+
+
+def test_the_order_the_sign_and_the_mixture_of_rows_do_not_matter(generator):
+    state, x0, y = trained(*NETWORKS[2], generator)
+    sigma = torch.logspace(-3, 1, len(x0))
+    turn = torch.linalg.qr(torch.randn(2, 2, generator=generator)).Q
+    with torch.no_grad():
+        torch.testing.assert_close(state.model(x0, sigma, turn @ y), state.model(x0, sigma, y), atol=1e-4, rtol=1e-4)
+
+
+def test_the_learning_rate_is_constant_and_then_falls():
+    config = Config(laps=4, steps=100, lr=1e-3)
+    assert [config.learning_rate(lap, 0) for lap in (1, 2, 3, 4)] == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4])
+    assert config.learning_rate(4, 50) == pytest.approx(2.5e-4) and config.learning_rate(4, 99) > 0
