@@ -37,10 +37,12 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -83,6 +85,7 @@ class Config:
     lr: float = setting(1e-3, "learning rate of Adam; it falls to 0 over the second half of the laps")
     clip: float = setting(1.0, "largest norm of the gradient")
     precision: str = setting("auto", "of the U-Net: float32, bfloat16, or auto, bfloat16 where the hardware computes in it")
+    compile: str = setting("auto", "torch.compile the network: on, off, or auto, on where it runs on a GPU")
     ema: float = setting(0.99, "decay of the moving average of the weights, from which the E-step samples")
     blank: float = setting(0.1, "share of the M-step's observations that are blanked, to learn the prior")
     flip: bool = setting(False, "mirror images at random in the M-step")
@@ -90,7 +93,7 @@ class Config:
     method: str = setting("ddpm", "sampler: ddpm, ddim or dpm2m")
     sample_steps: int = setting(16, "network evaluations to sample an image")
     first_sample_steps: int = setting(0, "those of the first E-step, growing to sample_steps over half of the laps; 0: all")
-    sample_batch: int = setting(512, "images sampled at once")
+    sample_batch: int = setting(512, "images sampled at once; halved where they do not fit into memory")
     prior_rank: int = setting(32, "rank of the Gaussian prior's covariance")
     prior_laps: int = setting(8, "EM iterations of the Gaussian prior")
     seed: int = setting(0, "seed of everything random")
@@ -105,6 +108,7 @@ class Config:
             require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), not {getattr(self, name)}")
         require(self.lr > 0 and self.clip > 0, "lr and clip must be above 0")
         require(self.precision in ("auto", "float32", "bfloat16"), f"unknown precision {self.precision}: auto, float32, bfloat16")
+        require(self.compile in ("auto", "on", "off"), f"unknown compile {self.compile}: auto, on, off")
         require(0 < self.sigma_min < self.sigma_max, "sigma_min must be above 0 and below sigma_max")
         sampler(self.method, self.sample_steps, self.sigma_min, self.sigma_max)  # raises where there is no such method
         require(self.first_sample_steps >= 0, f"first_sample_steps must not be negative, as is {self.first_sample_steps}")
@@ -136,6 +140,11 @@ def generator_for(device, *key: int) -> torch.Generator:
     """A generator seeded by integers such as (seed, lap, step): a run can go on from any step with no state stored."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)
     return torch.Generator(device).manual_seed(int(seed))
+
+
+def ranks() -> tuple[int, int]:
+    """The number of this process, and how many share the work: (0, 1) but under torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
 @contextmanager
@@ -664,6 +673,7 @@ class GaussianPrior:
         """
         corruption, draws = self.corruption, []
         for part in y.split(1024):
+            part = part.to(generator.device)
             x = self.sample(len(part), generator)
             _, adjoint = torch.func.vjp(lambda x: corruption.measure(x, part), x)  # A^T, from autograd
 
@@ -671,7 +681,7 @@ class GaussianPrior:
                 return corruption.measure(self.covariance(adjoint(v)[0]), part) + corruption.noise_variance() * v
 
             residual = corruption.value(part) - corruption.value(corruption.observe(x, part, generator))
-            draws.append(x + self.covariance(adjoint(conjugate_gradients(operator, residual))[0]))
+            draws.append((x + self.covariance(adjoint(conjugate_gradients(operator, residual))[0])).to(y.device))
         return torch.cat(draws)
 
 
@@ -740,6 +750,7 @@ class State:
     average: AveragedModel  # of the denoiser's weights
     optimizer: torch.optim.Optimizer
     losses: Tensor  # (steps,) of this lap
+    sample_batch: int  # reconstructions to draw at once
     prior: GaussianPrior | None = None  # in lap 0 alone
     lap: int = 0
     step: int = 0  # optimiser steps done in this lap
@@ -757,73 +768,114 @@ class State:
             raise DiffEMError(f"the loss is not finite in lap {self.lap}, step {int(bad[0]) + 1}: a lower --lr may help")
 
 
-def new_state(x0: Tensor, y_shape: list, corruption: Corruption, config: Config) -> State:
-    """The state before the first lap, with a new network, on the device of x0 (N, ...)."""
+def new_state(x0: Tensor, y_shape: list, corruption: Corruption, config: Config, device=None) -> State:
+    """The state before the first lap, with a new network on the device (default: that of x0 (N, ...))."""
+    device = torch.device(device or x0.device)
     with torch_seeded_by(generator_for("cpu", config.seed, 0, 2)):
         denoiser = Denoiser(list(x0.shape[1:]), y_shape, corruption, config)
-    denoiser.to(x0.device).network.to(memory_format=torch.channels_last)  # the faster one for convolutions
-    denoiser.bfloat16 = config.bfloat16(x0.device)
+    denoiser.to(device).network.to(memory_format=torch.channels_last)  # the faster one for convolutions
+    denoiser.bfloat16 = config.bfloat16(device)
     average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
+        denoiser.network.compile()
+        average.module.network.compile()
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.lr, fused=True)
-    return State(x0, denoiser, average, optimizer, torch.zeros(config.steps, device=x0.device))
+    return State(x0, denoiser, average, optimizer, torch.zeros(config.steps, device=device), config.sample_batch)
 
 
-def em(y: Tensor, corruption: Corruption, config: Config, state: State | None = None):
-    """Runs DiffEM on observations y (N, ...), on their device. It never sees a clean image.
+def em(y: Tensor, corruption: Corruption, config: Config, state: State | None = None, device=None):
+    """Runs DiffEM on observations y (N, ...). It never sees a clean image. device: to compute on (default: that of y).
 
     Yields the state once for lap 0, after each optimiser step and after each batch of the E-step: there a run can stop, be
     saved and go on. A lap is complete where state.drawn == N. Raises DiffEMError where the loss is not finite.
+
+    Under torchrun, each process runs it on observations of its own, and only gradients pass between them.
     """
-    corruption = corruption.to(y.device)
+    device, (rank, size) = torch.device(device or y.device), ranks()
+    require(config.batch % size == 0, f"batch {config.batch} cannot be shared by {size} processes")
+    corruption = corruption.to(device)
     if state is None:
-        generator = generator_for(y.device, config.seed, 0, 1)
-        prior = fit_prior(y[:4096], corruption, config.prior_rank, config.prior_laps, generator)  # enough for a Gaussian
-        state = new_state(prior.posterior(y, generator), list(y.shape[1:]), corruption, config)
+        generator = generator_for(device, config.seed, 0, 1, rank)
+        prior = fit_prior(y[:4096].to(device), corruption, config.prior_rank, config.prior_laps, generator)  # enough for it
+        x0 = prior.posterior(y, generator)
+        x0 = x0.half() if x0.is_cuda else x0  # for the sake of the GPU's memory
+        state = new_state(x0, list(y.shape[1:]), corruption, config, device)
         state.prior, state.drawn = prior, len(y)
         yield state
     while state.lap < config.laps or state.drawn < len(y):
         if state.drawn == len(y):
             state.prior, state.lap, state.step, state.drawn = None, state.lap + 1, 0, 0
         if state.step < config.steps:
-            m_step(state, corruption, config, generator_for(y.device, config.seed, state.lap, state.step))
+            m_step(state, corruption, config, generator_for(device, config.seed, state.lap, state.step, rank))
             # To read the loss is to wait for the device: on a GPU only now and then
-            if y.device.type == "cpu" or state.step % 50 == 0 or state.step == config.steps:
+            if device.type == "cpu" or state.step % 50 == 0 or state.step == config.steps:
                 state.check()
         else:
-            batch = y[state.drawn : state.drawn + config.sample_batch]
-            generator = generator_for(y.device, config.seed, state.lap, config.steps + state.drawn)
-            x0 = sample(state.model, batch, config.evaluations(state.lap), config.method, generator)
-            state.x0[state.drawn : state.drawn + len(batch)] = x0
-            state.drawn += len(batch)
+            e_step(state, y, config, generator_for(device, config.seed, state.lap, config.steps + state.drawn, rank))
         yield state
 
 
 def m_step(state: State, corruption: Corruption, config: Config, generator: torch.Generator) -> None:
-    """One optimiser step of the M-step, on reconstructions corrupted afresh."""
-    device = state.x0.device
-    x0 = state.x0[torch.randint(len(state.x0), (config.batch,), generator=generator, device=device)]
+    """One optimiser step of the M-step."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = config.learning_rate(state.lap, state.step)
+    state.losses[state.step] = descend(state, batch_loss(state, corruption, config, generator), config)
+    state.step += 1
+
+
+def batch_loss(state: State, corruption: Corruption, config: Config, generator: torch.Generator) -> Tensor:
+    """Eq. 10, the mean over a batch of reconstructions, or over this process's share of it, corrupted afresh."""
+    device = generator.device
+    x0 = random_images(state.x0, config.batch // ranks()[1], generator)
     x0 = augment(x0, config, generator) if x0.ndim == 4 else x0
     y = corruption(x0, generator)
     blank = torch.rand(len(y), generator=generator, device=device) < config.blank
     y = y.masked_fill(blank.view(-1, *[1] * (y.ndim - 1)), 0)
     sigma = random_noise_level(len(y), config, generator)
-    for group in state.optimizer.param_groups:
-        group["lr"] = config.learning_rate(state.lap, state.step)
     state.denoiser.train()
     with torch_seeded_by(generator):  # for dropout
-        loss = denoising_loss(state.denoiser, x0, y, sigma, generator).mean()
-    descend(state, loss, config)
-    state.losses[state.step] = loss.detach()
-    state.step += 1
+        return denoising_loss(state.denoiser, x0, y, sigma, generator).mean()
 
 
-def descend(state: State, loss: Tensor, config: Config) -> None:
-    """One step of the optimiser, and of the weights' average."""
+def random_images(x0: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    """(number, ...) of x0 (N, ...), on the generator's device, which need not be that of x0."""
+    if x0.device == generator.device:
+        return x0[torch.randint(len(x0), (number,), generator=generator, device=x0.device)].float()
+    chosen = torch.randint(len(x0), (number,), generator=generator_for("cpu", generator.initial_seed()))
+    return x0[chosen].pin_memory().to(generator.device, non_blocking=True).float()  # while the GPU is busy with the last step
+
+
+def descend(state: State, loss: Tensor, config: Config) -> Tensor:
+    """One step of the optimiser, and of the weights' average. Returns the loss, the mean over all processes."""
     state.optimizer.zero_grad()
     loss.backward()
+    loss, size = loss.detach(), ranks()[1]
+    if size > 1:
+        parts = [loss, *(p.grad for p in state.denoiser.parameters())]
+        total = torch.cat([part.flatten() for part in parts])
+        dist.all_reduce(total)
+        for part, mean in zip(parts, (total / size).split([part.numel() for part in parts])):
+            part.copy_(mean.view_as(part))
     nn.utils.clip_grad_norm_(state.denoiser.parameters(), config.clip)
     state.optimizer.step()
     state.average.update_parameters(state.denoiser)
+    return loss
+
+
+def e_step(state: State, y: Tensor, config: Config, generator: torch.Generator) -> None:
+    """Draws the next batch of reconstructions; where it does not fit into memory, half of it, then and from then on."""
+    while True:
+        batch = y[state.drawn : state.drawn + state.sample_batch].to(generator.device)
+        try:
+            x0 = sample(state.model, batch, config.evaluations(state.lap), config.method, generator)
+            break
+        except RuntimeError as error:  # PyTorch has a kind of its own for a GPU's memory alone
+            if len(batch) == 1 or "memory" not in str(error):
+                raise
+        state.sample_batch = len(batch) // 2
+        generator.manual_seed(generator.initial_seed())
+    state.x0[state.drawn : state.drawn + len(batch)] = x0
+    state.drawn += len(batch)
 
 
 def augment(x0: Tensor, config: Config, generator: torch.Generator) -> Tensor:
@@ -840,10 +892,10 @@ def augment(x0: Tensor, config: Config, generator: torch.Generator) -> Tensor:
     return x0
 
 
-def fit(y: Tensor, corruption: Corruption, config: Config) -> Denoiser:
+def fit(y: Tensor, corruption: Corruption, config: Config, device=None) -> Denoiser:
     """Learns from observations y ~ Q(. | x0) alone, (N, C + 1, H, W) or (N, m, d + 1), the model with which `sample`
     restores them. Same seed and device, same result. Raises DiffEMError where the loss is not finite."""
-    for state in em(y, corruption, config):
+    for state in em(y, corruption, config, device=device):
         pass
     return state.model
 
@@ -1042,7 +1094,7 @@ def evaluate(state: State, y: Tensor, x0: Tensor, corruption: Corruption, settin
     def draw(y: Tensor) -> Tensor:
         if state.prior:
             return state.prior.posterior(y, generator)
-        parts = y.split(settings.sample_batch)
+        parts = y.split(state.sample_batch)
         return torch.cat([sample(state.model, p, settings.sample_steps, settings.method, generator) for p in parts])
 
     x = torch.stack([draw(y) for _ in range(settings.samples)])  # (samples, B, ...)
@@ -1120,12 +1172,16 @@ def picture_curves(path: Path, history: list[dict]) -> None:
 
 
 def save_checkpoint(folder: Path, state: State, settings: Settings, data: str) -> None:
-    """Writes checkpoint.pt, of tensors and plain types alone; a failure leaves the one before whole."""
+    """Writes checkpoint.pt, of tensors and plain types alone; a failure leaves the one before whole. Under torchrun all
+    processes must call it together, before or after an E-step, and the first one writes."""
     state.check()
+    x0 = gathered(state.x0)
+    if ranks()[0] > 0:
+        return
     checkpoint = dict(
         settings=asdict(settings), data=data, y_shape=state.denoiser.y_shape, lap=state.lap, step=state.step,
-        drawn=state.drawn, x0=state.x0, losses=state.losses, denoiser=state.denoiser.state_dict(),
-        average=state.average.state_dict(), optimizer=state.optimizer.state_dict(),
+        drawn=len(x0) if state.drawn == len(state.x0) else state.drawn, x0=x0, losses=state.losses,
+        denoiser=state.denoiser.state_dict(), average=state.average.state_dict(), optimizer=state.optimizer.state_dict(),
     )  # fmt: skip
     temporary = folder / "checkpoint.tmp"
     try:
@@ -1139,27 +1195,43 @@ def save_checkpoint(folder: Path, state: State, settings: Settings, data: str) -
         raise DiffEMError(f"cannot write {folder / 'checkpoint.pt'} ({error}); the one before, if any, is whole") from error
 
 
-def load_checkpoint(folder: str | Path, device="cpu") -> dict:
+def gathered(x0: Tensor) -> Tensor:
+    """The reconstructions of all processes, in the order of the observations: of R, rank r has r, r + R, r + 2 R, .."""
+    size = ranks()[1]
+    if size == 1:
+        return x0
+    number = torch.tensor(len(x0), device=x0.device)
+    dist.all_reduce(number)
+    padded = torch.cat([x0, x0.new_zeros(-(-int(number) // size) - len(x0), *x0.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(parts, padded)
+    return torch.stack(parts, 1).flatten(0, 1)[: int(number)]
+
+
+def load_checkpoint(folder: str | Path) -> dict:
     """What `save_checkpoint` wrote; runs no code from the file. Raises DiffEMError where it is anything else."""
     path = Path(folder) / "checkpoint.pt"
     require(path.is_file(), f"no checkpoint {path}")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["settings"] = Settings(**checkpoint["settings"])
     except Exception as error:  # junk raises many kinds
         raise DiffEMError(f"{path} is not a checkpoint of DiffEM, or not a whole one") from error
     return checkpoint
 
 
-def restore_state(checkpoint: dict, corruption: Corruption, config: Config) -> State:
-    """The state that `save_checkpoint` was given, on the device that the checkpoint was loaded to."""
+def restore_state(checkpoint: dict, corruption: Corruption, config: Config, device="cpu", data_device="cpu") -> State:
+    """The state that `save_checkpoint` was given; under torchrun, this process's share of it, however many there were."""
+    rank, size = ranks()
     try:
-        state = new_state(checkpoint["x0"], checkpoint["y_shape"], corruption, config)
+        x0 = checkpoint["x0"][rank::size].to(data_device)
+        state = new_state(x0, checkpoint["y_shape"], corruption, config, device)
         state.denoiser.load_state_dict(checkpoint["denoiser"])
         state.average.load_state_dict(checkpoint["average"])
         state.optimizer.load_state_dict(checkpoint["optimizer"])
         state.losses[:] = checkpoint["losses"]
-        state.lap, state.step, state.drawn = checkpoint["lap"], checkpoint["step"], checkpoint["drawn"]
+        state.lap, state.step = checkpoint["lap"], checkpoint["step"]
+        state.drawn = len(range(rank, checkpoint["drawn"], size))
     except (KeyError, ValueError, RuntimeError) as error:
         raise DiffEMError("the weights in the checkpoint are not those of its own settings") from error
     return state
@@ -1167,10 +1239,10 @@ def restore_state(checkpoint: dict, corruption: Corruption, config: Config) -> S
 
 def load(folder: str | Path, device="cpu", corruption: Corruption | None = None) -> Denoiser:
     """The trained model of a run folder, for `sample`. A corruption of your own must be given."""
-    checkpoint = load_checkpoint(folder, device)
+    checkpoint = load_checkpoint(folder)
     settings = checkpoint["settings"]
     corruption = corruption or corruption_class(settings.corruption, trusted=False)(**settings.parameters)
-    return restore_state(checkpoint, corruption, settings).model
+    return restore_state(checkpoint, corruption, settings, device).model.to(device)
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -1221,6 +1293,8 @@ def make_parser() -> Parser:
     run.add_argument("--name", help="folder below runs/ (default: data set, corruption and a number)")
     run.add_argument("--resume", metavar="runs/NAME", help="go on with this run, which may be given more --laps")
     run.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    run.add_argument("--data-device", default="auto", help="where observations and reconstructions are kept: auto, cpu or cuda"
+                     " (default: auto, the device where they take less than half of its memory, else cpu)")  # fmt: skip
     run.add_argument("--dry-run", action="store_true", help="print the settings, the size and the cost, and stop")
     for f in fields(Settings):
         if isinstance(f.default, bool):
@@ -1240,14 +1314,16 @@ def parse(argv: list[str]) -> tuple[Settings, dict]:
     """
     options, rest = make_parser().parse_known_args(argv)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(options).items()}
-    start = {name: given.pop(name) for name in ("device", "name", "resume", "dry_run") if name in given}
-    require(start["device"] in ("auto", "cpu", "cuda"), f"unknown device {start['device']!r}: auto, cpu or cuda")
-    require(start["device"] != "cuda" or torch.cuda.is_available(), "no CUDA device can be used here: --device cpu")
+    start = {name: given.pop(name) for name in ("device", "data_device", "name", "resume", "dry_run") if name in given}
+    devices = start["device"], start["data_device"]
+    odd = [name for name in devices if name not in ("auto", "cpu", "cuda")]
+    require(not odd, f"unknown device {' '.join(odd)}: auto, cpu or cuda")
+    require("cuda" not in devices or torch.cuda.is_available(), "no CUDA device can be used here: --device cpu")
     start["device"] = "cuda" if torch.cuda.is_available() and start["device"] != "cpu" else "cpu"
     require("name" not in start or "resume" not in start, "--resume goes on in the run's own folder: no --name")
     saved = {}
     if "resume" in start:
-        start["checkpoint"] = load_checkpoint(start["resume"], start["device"])
+        start["checkpoint"] = load_checkpoint(start["resume"])
         saved = asdict(start["checkpoint"]["settings"])
 
     dataset = (given | saved).get("dataset", "digits")
@@ -1361,36 +1437,52 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def train(y: Tensor, data: str, held_out: tuple, corruption: Corruption, settings: Settings, folder: Path, state) -> int:
+def any_rank(condition: bool) -> bool:
+    """Does it hold in any of the processes? All must call it together."""
+    if ranks()[1] == 1:
+        return condition
+    votes = torch.tensor(int(condition))
+    dist.all_reduce(votes)
+    return votes > 0
+
+
+def train(y: Tensor, data: str, held_out: tuple, corruption: Corruption, settings: Settings, folder: Path, start: dict, state) -> int:
     """EM with a progress bar, a report a lap, and a checkpoint a lap and every three minutes. Returns the exit code.
 
-    data: a hash of y, to be kept; held_out: observations for the metrics, and their truth; state: to go on from, or None.
+    data: a hash of all observations, to be kept; held_out: observations for the metrics, and their truth; state: to go on
+    from, or None. Under torchrun, y are those of this process, and the first one alone prints and writes.
     """
-    history = []
-    if state:
+    rank, size = ranks()
+    history, share = [], replace(settings, batch=settings.batch // size)
+    if state and rank == 0:
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         history = [line for line in map(json.loads, lines) if line["lap"] < state.lap + (state.drawn == len(y))]
 
     def work(state: State | None) -> int:  # evaluations of the network, done so far
         if state is None or state.lap == 0:
             return 0
-        before = work_before(state.lap, settings, len(y))
-        return before + 3 * state.step * settings.batch + state.drawn * settings.evaluations(state.lap)
+        before = work_before(state.lap, share, len(y))
+        return before + 3 * state.step * share.batch + state.drawn * settings.evaluations(state.lap)
 
-    saved, total = time.monotonic(), work_before(settings.laps + 1, settings, len(y))
-    with stop_signals() as stop, tqdm(total=total, initial=work(state), unit="eval", unit_scale=True, disable=None) as bar:
-        for state in em(y, corruption, settings, state):
+    saved, total, hidden = time.monotonic(), work_before(settings.laps + 1, share, len(y)), rank > 0 or None
+    with stop_signals() as stop, tqdm(total=total, initial=work(state), unit="eval", unit_scale=True, disable=hidden) as bar:
+        for state in em(y, corruption, settings, state, start["device"]):
             bar.update(work(state) - bar.n)
             if state.step % 20 == 0 and 0 < state.step < settings.steps:
                 bar.set_postfix(lap=state.lap, loss=f"{state.losses[state.step - 20 : state.step].mean():.3f}")
-            if state.drawn == len(y):
+            if state.drawn == len(y) and rank == 0:
                 bar.write(report(state, held_out, corruption, settings, folder, history))
-            if stop or state.drawn == len(y) or time.monotonic() - saved > 180:
+            # Several processes can stop together, or gather their reconstructions, at steps that they all come to
+            common = size == 1 or state.drawn == len(y) or state.drawn == 0 and state.step % 20 == 0
+            stopping = common and any_rank(bool(stop))
+            if stopping or state.drawn == len(y) or common and any_rank(time.monotonic() - saved > 180):
                 save_checkpoint(folder, state, settings, data)
                 saved = time.monotonic()
-            if stop:
+            if stopping:
                 bar.write(f"stopped in lap {state.lap}; to go on: python diffem.py --resume {folder}")
                 return 130
+    if rank > 0:
+        return 0
     first, last = history[0].get("psnr_mean"), history[-1].get("psnr_mean")
     if first:
         print(f"PSNR of the posterior mean: Gaussian prior {first:.2f} dB, DiffEM {last:.2f} dB ({last - first:+.2f} dB)")
@@ -1413,29 +1505,66 @@ def run(argv: list[str]) -> int:
         published, _ = parse(argv + ["--preset", "published"])
         days = cost(published, corruption, *shape_and_number(published))[1] / flops_a_second() / 86400
         print(f"no GPU, so the small preset: the published one would take at least {days:.0f} days here (--preset published)")
+    return observe_and_train(settings, start, corruption)
+
+
+def observe_and_train(settings: Settings, start: dict, corruption: Corruption) -> int:
+    (rank, size), device = ranks(), start["device"]
     x0, x0_held_out = load_data(settings)
     generator = generator_for("cpu", settings.seed, 0, 0)
-    y, y_held_out = (corrupt(x, corruption, generator).to(device) for x in (x0, x0_held_out))
+    y, y_held_out = (corrupt(x, corruption, generator) for x in (x0, x0_held_out))
     del x0  # nobody sees it from here on
     require(bool(y.isfinite().all()), f"the corruption {settings.corruption} gives values that are not finite")
-    data, state = hashlib.sha256(y.cpu().numpy().tobytes()).hexdigest(), None
+    data, number, state = hashlib.sha256(y.numpy().tobytes()).hexdigest(), len(y), None
+    y = y[rank::size]
+    if start["data_device"] == "auto":
+        fits = device == "cpu" or 2 * 1.5 * y.nbytes < torch.cuda.mem_get_info()[0]  # y, and x0 in float16
+        start["data_device"] = device if fits else "cpu"
+    y = y.to(start["data_device"])
     if "resume" in start:
         folder, checkpoint = Path(start["resume"]), start["checkpoint"]
         require(data == checkpoint["data"], f"{folder} was made from other data")
-        state = restore_state(checkpoint, corruption, settings)
+        state = restore_state(checkpoint, corruption, settings, device, start["data_device"])
     else:
-        folder = new_folder(start.get("name"), settings)
-    (folder / "config.json").write_text(json.dumps(asdict(settings), indent=1) + "\n")
-    print(f"{folder}: {len(y)} observations, {settings.corruption} {describe(settings.parameters)}, {device}")
-    return train(y, data, (y_held_out, x0_held_out.to(device)), corruption, settings, folder, state)
+        folder = new_folder(start.get("name"), settings) if rank == 0 else None
+    if rank == 0:
+        (folder / "config.json").write_text(json.dumps(asdict(settings), indent=1) + "\n")
+    on = f"{size} processes on {device}" if size > 1 else device
+    print(f"{folder}: {number} observations, {settings.corruption} {describe(settings.parameters)}, {on}")
+    return train(y, data, (y_held_out.to(device), x0_held_out.to(device)), corruption, settings, folder, start, state)
+
+
+@contextmanager
+def process_group():
+    """Joins the other processes of torchrun, if that started this one. The first one alone prints."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # The others wait while the first one takes metrics and pictures
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    try:
+        yield
+        dist.destroy_process_group()
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        print("diffem: another process of this run has died; the last checkpoint is whole: --resume", file=sys.stderr)
+        sys.exit(2)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: returns the exit code, 2 after an error that the user can mend."""
     try:
-        return run(sys.argv[1:] if argv is None else argv)
+        with process_group():
+            return run(sys.argv[1:] if argv is None else argv)
     except (DiffEMError, OSError) as error:
-        print(f"diffem: {error}", file=sys.stderr)
+        if ranks()[0] == 0:
+            print(f"diffem: {error}", file=sys.stderr)
         return 2
 
 

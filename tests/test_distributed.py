@@ -1,0 +1,102 @@
+"""Several processes under torchrun, on a CPU by Gloo: the same training as in one, and what becomes of a run whose process dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import diffem
+from diffem import Config, Mask
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+CONFIG = dict(channels=(8, 8), blocks=1, laps=2, steps=12, batch=8, sample_steps=3, prior_laps=2, prior_rank=4, precision="float32")
+
+TRAIN = f"""
+import sys, torch
+sys.path.insert(0, {str(ROOT)!r})
+import diffem
+with diffem.process_group():
+    rank, size = diffem.ranks()
+    y, losses = torch.load("y.pt")[rank::size], []
+    for state in diffem.em(y, diffem.Mask(0.5), diffem.Config(**{CONFIG!r})):
+        if state.drawn == len(y) and state.lap:
+            losses.append(state.losses.clone())
+    weights = torch.cat([p.flatten() for p in state.model.parameters()])
+    torch.save([losses, weights, diffem.gathered(state.x0)], f"rank{{rank}}.pt")
+"""
+
+
+def test_two_processes_train_as_one_with_the_same_batches(tmp_path):
+    x0 = torch.randn(41, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    y = Mask(0.5)(x0, torch.Generator().manual_seed(1))
+    torch.save(y, tmp_path / "y.pt")
+    (tmp_path / "train.py").write_text(TRAIN)
+    subprocess.run([*TORCHRUN, "train.py"], cwd=tmp_path, env=ENVIRONMENT, check=True, timeout=300, capture_output=True)
+    results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    assert torch.equal(results[0][1], results[1][1])
+
+    config, corruption, parts = Config(**CONFIG), Mask(0.5), [y[0::2], y[1::2]]
+    half = Config(**CONFIG | dict(batch=4))
+    x0 = []
+    for rank, part in enumerate(parts):
+        generator = diffem.generator_for("cpu", 0, 0, 1, rank)
+        prior = diffem.fit_prior(part, corruption, config.prior_rank, config.prior_laps, generator)
+        x0.append(prior.posterior(part, generator))
+    state, losses = diffem.new_state(x0[0], [2, 8, 8], corruption, config), []
+    for lap in (1, 2):
+        state.lap = lap
+        for step in range(config.steps):
+            loss = 0
+            for rank in (0, 1):
+                state.x0 = x0[rank]
+                loss = loss + diffem.batch_loss(state, corruption, half, diffem.generator_for("cpu", 0, lap, step, rank)) / 2
+            for group in state.optimizer.param_groups:
+                group["lr"] = config.learning_rate(lap, step)
+            losses.append(float(diffem.descend(state, loss, config)))
+        for rank in (0, 1):
+            generator = diffem.generator_for("cpu", 0, lap, config.steps, rank)
+            x0[rank] = diffem.sample(state.model, parts[rank], 3, "ddpm", generator)
+    torch.testing.assert_close(torch.cat(results[0][0]), torch.tensor(losses), rtol=1e-4, atol=1e-5)
+    for result in results:
+        torch.testing.assert_close(result[2][0::2], x0[0], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(result[2][1::2], x0[1], rtol=1e-3, atol=1e-3)
+
+
+FLAGS = "--channels 8 8 --blocks 1 --batch 8 --held-out 8 --samples 2 --sample-steps 2 --prior-laps 1 --prior-rank 4 --limit 101 --name two"
+
+
+def test_a_run_of_two_processes_prints_once_and_goes_on_in_one(tmp_path):
+    command = [str(ROOT / "diffem.py"), *FLAGS.split(), "--laps", "1", "--steps", "20"]
+    done = subprocess.run([*TORCHRUN, *command], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("lap 1/1") == 1 and "2 processes on cpu" in done.stdout
+    checkpoint = diffem.load_checkpoint(tmp_path / "runs/two")
+    assert len(checkpoint["x0"]) == checkpoint["drawn"] == 101
+    command = [sys.executable, str(ROOT / "diffem.py"), "--resume", "runs/two", "--laps", "2"]
+    done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["lap"] for line in (tmp_path / "runs/two/metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes in /proc")
+def test_a_dead_process_ends_the_run_and_leaves_the_checkpoint_whole(tmp_path):
+    command = [*TORCHRUN, str(ROOT / "diffem.py"), *FLAGS.split(), "--laps", "100", "--steps", "20"]
+    with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as run:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "runs/two/lap_01.png").exists() and time.monotonic() < deadline and run.poll() is None:
+            time.sleep(0.2)
+        children = (int(child) for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split())
+        second = next(child for child in children if b"RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes())
+        os.kill(second, signal.SIGKILL)
+        _, errors = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert "another process of this run has died" in errors
+    assert diffem.load_checkpoint(tmp_path / "runs/two")["lap"] >= 0
