@@ -1498,8 +1498,9 @@ def run(argv: list[str]) -> int:
         parameters, flops, size = cost(settings, corruption, shape, number)
         print(json.dumps(asdict(settings), indent=1))
         print(f"{number} observations of {'x'.join(map(str, shape))}, a network of {parameters / 1e6:.2f} M parameters")
-        print(f"{settings.laps} laps of {settings.steps} steps, {number} x {settings.sample_steps} evaluations to sample")
-        print(f"{flops / 1e15:.3g} PFLOP, about {size / 2**30:.2f} GiB")
+        evaluations = dict.fromkeys((settings.evaluations(1), settings.sample_steps))
+        print(f"{settings.laps} laps of {settings.steps} steps, {number} x {' to '.join(map(str, evaluations))} evaluations to sample")
+        print(f"{flops / 1e15:.3g} PFLOP, about {size / 2**30:.2f} GiB in float32")
         return 0
     if (settings.dataset, "published") in PRESETS and settings.preset == "small" and device == "cpu" and "resume" not in start:
         published, _ = parse(argv + ["--preset", "published"])

@@ -1,5 +1,6 @@
-"""Comparisons by measurement:  python tests/benchmark.py export | manifold | images  prints a table and appends it to
-benchmark.jsonl. `manifold` needs POT besides (pip install pot).
+"""Comparisons by measurement:  python tests/benchmark.py speed | samplers | manifold | images | export  prints a table and
+appends it to benchmark.jsonl. `manifold` and `samplers` need POT besides (pip install pot); `speed` compares with diffusers
+where it is installed.
 
 Speeds are ratios within one run: the candidates take turns, the median of their times counts.
 """
@@ -21,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).parents[1]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 sys.path.insert(0, str(ROOT))
 import baselines  # noqa: E402
 
@@ -130,6 +132,243 @@ def compare_exports(options: argparse.Namespace) -> None:
             rows[-2] |= {"one image, cold (s)": start, "peak (MB)": memory}
             rows[-1] |= {"error by float16": float(difference)}
     table("Sampling 16 images of 32x32 by 8 steps", rows, dict(rounds=rounds, steps=steps, seed=0))
+
+
+# ---- speed: where the time of a lap goes, and what the M-step gains -------------------------------------------------
+
+
+def image_state(channels: tuple, **settings) -> tuple:
+    """A state on 512 images of 32x32 pixels in colour, 75 % of them masked, with its observations and settings."""
+    config = diffem.Settings(dataset="folder", channels=channels, flip=True, parameters=dict(rate=0.75, noise=1e-3), **settings)
+    x0 = torch.randn(512, 3, 32, 32, generator=torch.Generator().manual_seed(0)).clamp(-2, 2).to(DEVICE)
+    corruption = diffem.Mask(0.75).to(DEVICE)
+    y = corruption(x0, torch.Generator(DEVICE).manual_seed(1))
+    return diffem.new_state(x0, [4, 32, 32], corruption, config), y, corruption, config
+
+
+def synchronised(function):
+    """As it is, but it returns when the GPU, if any, is done."""
+
+    def wrapper(*arguments, **keywords):
+        result = function(*arguments, **keywords)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    return wrapper
+
+
+def naive_m_step(channels: tuple):
+    """The M-step in float32, contiguous, eager, Adam and the moving average one parameter after another."""
+    state, _, corruption, config = image_state(channels, precision="float32", compile="off")
+    for model in (state.denoiser, state.average.module):
+        model.network.to(memory_format=torch.contiguous_format)
+    state.optimizer = torch.optim.Adam(state.denoiser.parameters(), lr=1e-3, foreach=False)
+
+    def update(model: torch.nn.Module) -> None:
+        with torch.no_grad():
+            for average, parameter in zip(state.average.module.parameters(), model.parameters()):
+                average.mul_(0.99).add_(parameter, alpha=0.01)
+
+    state.average.update_parameters = update
+    return m_steps(state, corruption, config)
+
+
+def m_steps(state: diffem.State, corruption: diffem.Corruption, config: diffem.Settings):
+    def run() -> None:
+        state.step = 0
+        diffem.m_step(state, corruption, config, diffem.generator_for(DEVICE, 0))
+
+    return synchronised(run)
+
+
+def diffusers_step(channels: tuple, flops: float):
+    """A training step of diffusers' UNet2DModel, of as many multiply-adds, or None where it is not installed."""
+    try:
+        from diffusers import UNet2DModel
+    except ImportError:
+        print("diffusers is not installed: not compared")
+        return None
+    from torch.utils.flop_counter import FlopCounterMode
+
+    best = None
+    for width in range(8, 8 * channels[0], 8):
+        widths = [width * c // channels[0] for c in channels]
+        model = UNet2DModel(sample_size=32, in_channels=10, out_channels=3, block_out_channels=widths, norm_num_groups=8,
+                            down_block_types=["DownBlock2D"] * len(widths), up_block_types=["UpBlock2D"] * len(widths),
+                            add_attention=False)  # fmt: skip
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.zeros(1, 10, 32, 32), torch.zeros(1))
+        off = abs(counter.get_total_flops() - flops)
+        best = (off, model, counter.get_total_flops()) if best is None or off < best[0] else best
+    _, model, flops_there = best
+    print(f"diffusers' UNet2DModel: {flops_there / 1e6:.0f} MFLOP an image, ours {flops / 1e6:.0f}")
+    model.to(DEVICE)
+    optimizer, x = torch.optim.Adam(model.parameters(), lr=1e-3), torch.randn(64, 10, 32, 32, device=DEVICE)
+
+    def run() -> None:
+        loss = (model(x, torch.zeros(64, device=DEVICE)).sample - x[:, :3]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return synchronised(run)
+
+
+@contextlib.contextmanager
+def stopwatch(parts: dict):
+    """Adds up the seconds spent in functions, {name of a part: [(owner, attribute), ..]}, into the dict it yields."""
+    seconds, before = dict.fromkeys(parts, 0.0), []
+
+    def timed(function, part: str):
+        def wrapper(*arguments, **keywords):
+            if not torch.is_grad_enabled() and part == "forward":  # sampling's
+                return function(*arguments, **keywords)
+            start = time.perf_counter()
+            result = synchronised(function)(*arguments, **keywords)
+            seconds[part] += time.perf_counter() - start
+            return result
+
+        return wrapper
+
+    for part, functions in parts.items():
+        for owner, name in functions:
+            before.append((owner, name, getattr(owner, name)))
+            setattr(owner, name, timed(getattr(owner, name), part))
+    try:
+        yield seconds
+    finally:
+        for owner, name, function in before:
+            setattr(owner, name, function)
+
+
+def lap_table(channels: tuple, steps: int) -> list[dict]:
+    """Where a lap's time goes: as many steps of 64 images as shown, 512 images redrawn, and the metrics and pictures."""
+    state, y, corruption, config = image_state(channels, steps=steps, laps=1, held_out=64)
+    x0, history = state.x0[:64].float(), []
+    _, flops, _ = diffem.cost(config, diffem.Mask(0.75), [3, 32, 32], 512)
+    flops /= diffem.work_before(2, config, 512)  # of an evaluation
+    parts = {
+        "data": [(diffem, "random_images"), (diffem, "augment"), (diffem.Corruption, "__call__")],
+        "forward": [(diffem.Denoiser, "forward")], "backward": [(torch.Tensor, "backward")],
+        "optimiser": [(state.optimizer, "step"), (torch.nn.utils, "clip_grad_norm_")],
+        "average": [(diffem.AveragedModel, "update_parameters")], "sampling": [(diffem, "e_step")],
+        "metrics, pictures": [(diffem, "report")],
+    }  # fmt: skip
+    state.drawn = len(y)
+    with tempfile.TemporaryDirectory() as folder, stopwatch(parts) as seconds:
+        start = time.perf_counter()
+        for state in diffem.em(y, corruption, config, state):
+            pass
+        diffem.report(state, (y[:64], x0), corruption, config, Path(folder), history)
+        total = time.perf_counter() - start
+    work = {"forward": steps * 64, "backward": 2 * steps * 64, "sampling": 512 * config.sample_steps}
+    rows = []
+    for part, value in (seconds | {"all else": total - sum(seconds.values())}).items():
+        row = {"part": part, "seconds": value, "share": value / total}
+        if part in work:
+            row["GFLOP a second"] = work[part] * flops / value / 1e9
+        rows.append(row)
+    train = sum(seconds[part] for part in ("data", "forward", "backward", "optimiser", "average"))
+    return rows + [{"part": "M-step", "seconds": train, "images a second": steps * 64 / train},
+                   {"part": "E-step", "seconds": seconds["sampling"],
+                    "images a second": 512 * config.sample_steps / seconds["sampling"]}]  # fmt: skip
+
+
+def compare_speed(options: argparse.Namespace) -> None:
+    """Where the time of a lap goes, and the M-step's images a second against other ways to train."""
+    networks = [(16, 32, 64), (32, 64, 128)]
+    print(f"{len(networks)} networks, 5 candidates, {options.rounds} rounds, and a lap: about four minutes on 2 cores")
+    rows = []
+    with tqdm(total=5 * len(networks) * (options.rounds + 1), mininterval=2) as bar:
+        for channels in networks:
+            float32, default = dict(precision="float32", compile="off"), image_state(channels)
+            _, flops, _ = diffem.cost(default[3], diffem.Mask(0.75), [3, 32, 32], 512)
+            flops /= diffem.work_before(default[3].laps + 1, default[3], 512)
+            candidates = {"naive: float32, contiguous": naive_m_step(channels), "default": m_steps(default[0], *default[2:])}
+            state, _, corruption, config = image_state(channels, **float32)
+            candidates["float32"] = m_steps(state, corruption, config)
+            if options.compile:
+                state, _, corruption, config = image_state(channels, compile="on")
+                candidates["default, compiled"] = m_steps(state, corruption, config)
+            candidates |= {"diffusers' UNet2DModel": diffusers_step(channels, flops)}
+            candidates = {name: function for name, function in candidates.items() if function}
+            for name, seconds in medians(candidates, options.rounds, bar).items():
+                rows.append({"network": f"{channels} x 2", "M-step": name, "images a second": 64 / seconds, "GFLOP a second":
+                             3 * 64 * flops / seconds / 1e9})  # fmt: skip
+            first = rows[-len(candidates)]["images a second"]
+            for row in rows[-len(candidates) :]:
+                row["against naive"] = row["images a second"] / first
+            small, large = image_state(channels), image_state(channels)
+            small[0].sample_batch = large[0].sample_batch = 64
+            one, two = (lambda state=s, y=y, c=c: redraw(state, y, c) for s, y, c in
+                        ((small[0], small[1][:128], small[3]), (large[0], large[1][:256], large[3])))  # fmt: skip
+            times = medians({"one": one, "two": two}, 3, tqdm(disable=True))
+            print(f"E-step of 256 images against 128: {times['two'] / times['one']:.2f} times the time")
+    settings = {key: value for key, value in vars(options).items() if key != "function"}
+    table("M-step, batch 64 of 32x32 in colour", rows, settings)
+    table("One lap: 100 steps of 64, 512 images redrawn, U-Net (16, 32, 64) x 2", lap_table((16, 32, 64), 100), settings)
+
+
+def redraw(state: diffem.State, y: torch.Tensor, config: diffem.Settings) -> None:
+    state.drawn, state.lap = 0, 1
+    while state.drawn < len(y):
+        diffem.e_step(state, y, config, torch.Generator(DEVICE).manual_seed(0))
+
+
+# ---- samplers: how many evaluations each method needs ----------------------------------------------------------------
+
+EVALUATIONS = (4, 8, 16, 32, 64, 256)
+
+
+def compare_samplers(options: argparse.Namespace) -> None:
+    """Posterior samples of one model by ddpm, ddim and dpm2m with 4 to 256 evaluations: on the manifold transport cost and
+    residual, on digits PSNR, spread and Frechet distance."""
+    print("a run on the manifold and one on digits (1500 CPU-seconds at most), then 36 ways to sample them: about half an hour")
+    jobs = [(method, steps) for method in ("ddpm", "ddim", "dpm2m") for steps in EVALUATIONS]
+    with tqdm(total=2 * len(jobs), mininterval=5) as bar:
+        options.rows, options.noise = 2, 0.01
+        x0, y, _, corruption = observe_manifold(options, 0)
+        config = diffem.Settings(dataset="manifold", **diffem.PRESETS["manifold", "small"])
+        model, n, rows = diffem.fit(y, corruption, config), 2048, []
+        floor = transport(x0[:n], x0[-n:])
+        for method, steps in jobs:
+            costs, residuals = [], []
+            for seed in range(options.seeds):
+                x = diffem.sample(model, y[seed * n : (seed + 1) * n], steps, method, diffem.generator_for("cpu", seed))
+                error = (corruption.measure(x, y[seed * n : (seed + 1) * n]) - y[seed * n : (seed + 1) * n, :, -1]) / corruption.noise
+                costs.append(transport(x, x0[seed * n : (seed + 1) * n]) - floor)
+                residuals.append(float(error.square().mean().sqrt()))
+            rows.append({"method": method, "evaluations": steps, "transport": float(np.mean(costs)), "+-": float(np.std(costs)),
+                         "residual": float(np.mean(residuals))})  # fmt: skip
+            bar.update()
+        settings = {key: value for key, value in vars(options).items() if key != "function"}
+        table(f"Samplers on the manifold, {n} points, {options.seeds} seeds", rows, settings)
+
+        settings_digits = diffem.Settings(**diffem.PRESETS["digits", "small"])
+        x0, truth = diffem.load_data(settings_digits)
+        corruption, generator = diffem.Mask(0.5), diffem.generator_for("cpu", 0, 0, 0)
+        y, observed = (corruption(v, generator) for v in (x0, truth))
+        model, rows = diffem.fit(y, corruption, settings_digits), []
+        features = principal_features(x0)
+        clean = moments(features, x0)
+        for method, steps in jobs:
+            generator = diffem.generator_for("cpu", 0, 7)
+            samples = torch.stack([diffem.sample(model, observed, steps, method, generator) for _ in range(options.seeds)])
+            distances = [frechet_distance(moments(features, x), clean) for x in samples]
+            rows.append({"method": method, "evaluations": steps, "PSNR": diffem.psnr(samples[0], truth),
+                         "PSNR of the mean": diffem.psnr(samples.mean(0), truth),
+                         "spread": float(samples.std(0).square().mean().sqrt()),
+                         "Frechet": float(np.mean(distances)), "+-": float(np.std(distances))})  # fmt: skip
+            bar.update()
+        floor = frechet_distance(moments(features, truth), clean)
+        table(f"Samplers on digits, Frechet distance of the truth {floor:.2f}", rows, settings)
+
+
+def principal_features(x0: torch.Tensor):
+    """The 32 principal components of small images, as features to compare sets of them by."""
+    mean, U, _ = diffem.principal_components(x0, 32, diffem.generator_for("cpu", 0))
+    return lambda x: (x - mean).flatten(1) @ torch.nn.functional.normalize(U, dim=0)
 
 
 # ---- manifold: DiffEM and EM-MMPS on a curve in R^5, the paper's first experiment ------------------------------------
@@ -352,6 +591,14 @@ def main() -> None:
     command = commands.add_parser("export", help=compare_exports.__doc__)
     command.add_argument("--rounds", type=int, default=15)
     command.set_defaults(function=compare_exports)
+    command = commands.add_parser("speed", help=compare_speed.__doc__)
+    command.add_argument("--rounds", type=int, default=9)
+    command.add_argument("--compile", action="store_true", help="also with torch.compile, which takes minutes at first")
+    command.set_defaults(function=compare_speed)
+    command = commands.add_parser("samplers", help=compare_samplers.__doc__)
+    command.add_argument("--data", help="as of manifold")
+    command.add_argument("--seeds", type=int, default=4)
+    command.set_defaults(function=compare_samplers)
     command = commands.add_parser("manifold", help=compare_on_manifold.__doc__)
     command.add_argument("--data", help="an .npz with x, A, y and curve (default: our own generator's curves)")
     command.add_argument("--rows", type=int, default=2, help="dimensions observed")

@@ -77,7 +77,7 @@ def test_a_run_of_two_processes_prints_once_and_goes_on_in_one(tmp_path):
     command = [str(ROOT / "diffem.py"), *FLAGS.split(), "--laps", "1", "--steps", "20"]
     done = subprocess.run([*TORCHRUN, *command], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("lap 1/1") == 1 and "2 processes on cpu" in done.stdout
+    assert done.stdout.count("lap 1/1") == done.stdout.count("101 observations") == done.stdout.count("2 processes on cpu") == 1
     checkpoint = diffem.load_checkpoint(tmp_path / "runs/two")
     assert len(checkpoint["x0"]) == checkpoint["drawn"] == 101
     command = [sys.executable, str(ROOT / "diffem.py"), "--resume", "runs/two", "--laps", "2"]

@@ -63,6 +63,24 @@ def test_the_first_e_steps_take_fewer_evaluations(monkeypatch):
         Config(first_sample_steps=-1)
 
 
+def test_a_batch_that_does_not_fit_into_memory_is_halved(monkeypatch):
+    _, y = images()
+    genuine, sizes = diffem.sample, []
+
+    def small_memory(model, y, *rest):
+        if len(y) > 10:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 TB")
+        sizes.append(len(y))
+        return genuine(model, y, *rest)
+
+    monkeypatch.setattr(diffem, "sample", small_memory)
+    states = [(state.lap, state.drawn) for state in em(y, Mask(0.5), Config(**TINY))]
+    assert states[-1] == (2, 40) and sizes == 10 * [8]  # 16, halved once
+    monkeypatch.setattr(diffem, "sample", lambda *rest: genuine(*rest).view(7))
+    with pytest.raises(RuntimeError, match="invalid"):  # other errors are not for us to mend
+        fit(y, Mask(0.5), Config(**TINY))
+
+
 def test_reconstructions_are_redrawn_each_lap_and_agree_with_the_observations():
     _, y = images()
     laps = {}
