@@ -73,13 +73,13 @@ class Config:
     """What `fit` must know besides the observations and the corruption. Each field is also a flag of the command line."""
 
     channels: tuple = setting((32, 64), "width of each level of the U-Net, or of each hidden layer of the MLP")
-    blocks: int = setting(2, "residual blocks a level and side of the U-Net")
+    blocks: int = setting(1, "residual blocks a level and side of the U-Net")
     attention: tuple = setting((), "levels of the U-Net with self-attention, 0 the finest")
     heads: int = setting(4, "attention heads")
     dropout: float = setting(0.0, "dropout in the residual blocks")
     sigma_min: float = setting(1e-3, "lowest noise level")
     sigma_max: float = setting(1e2, "highest noise level")
-    laps: int = setting(5, "EM iterations")
+    laps: int = setting(7, "EM iterations")
     steps: int = setting(400, "optimiser steps a lap")
     batch: int = setting(64, "images a step")
     lr: float = setting(1e-3, "learning rate of Adam; it falls to 0 over the second half of the laps")
@@ -930,7 +930,7 @@ class Settings(Config):
             require(not alien, f"{alien} are for --dataset folder")
 
 
-SMALL = dict(channels=(16, 32, 64), steps=1000, ema=0.995, laps=8, sample_batch=256, prior_rank=64, prior_laps=16)
+SMALL = dict(channels=(16, 32, 64), blocks=2, steps=1000, ema=0.995, laps=8, sample_batch=256, prior_rank=64, prior_laps=16)
 PUBLISHED = dict(
     blocks=5, dropout=0.1, laps=20, steps=50_000, batch=256, ema=0.9999, flip=True, jitter=True, sample_steps=256,
     sample_batch=1024, prior_laps=16,

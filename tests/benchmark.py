@@ -139,7 +139,8 @@ def compare_exports(options: argparse.Namespace) -> None:
 
 def image_state(channels: tuple, **settings) -> tuple:
     """A state on 512 images of 32x32 pixels in colour, 75 % of them masked, with its observations and settings."""
-    config = diffem.Settings(dataset="folder", channels=channels, flip=True, parameters=dict(rate=0.75, noise=1e-3), **settings)
+    config = diffem.Settings(dataset="folder", channels=channels, blocks=2, flip=True, parameters=dict(rate=0.75, noise=1e-3),
+                             **settings)  # fmt: skip
     x0 = torch.randn(512, 3, 32, 32, generator=torch.Generator().manual_seed(0)).clamp(-2, 2).to(DEVICE)
     corruption = diffem.Mask(0.75).to(DEVICE)
     y = corruption(x0, torch.Generator(DEVICE).manual_seed(1))
