@@ -531,7 +531,7 @@ class UNet(nn.Module):
 
 
 class MLP(nn.Module):
-    """F for vectors. What it is given for y are matrices (B, d, d)."""
+    """F for vectors; y (B, d, d)."""
 
     def __init__(self, inputs: int, outputs: int, config: Config):
         super().__init__()
@@ -551,6 +551,8 @@ class Denoiser(nn.Module):
     D = G + C^(1/2) F(c_in xt, G, y, log sigma),  c_in = 1 / sqrt(sigma^2 + 1),  with G and C the mean and covariance of x0
     given xt (and y, where the corruption's `precondition` has a closed form), were x0 ~ N(0, I). The network F starts at
     0, so D starts as the best guess under that Gaussian, agrees with y, and learns only what is not Gaussian.
+    For vectors C^(1/2) is a matrix, and F is given that, in units of EDM's, in place of y: it tells what y does, and does
+    not change with the order, sign or mixture of A's rows.
     """
 
     def __init__(self, x_shape: list, y_shape: list, corruption: Corruption, config: Config):
@@ -572,9 +574,9 @@ class Denoiser(nn.Module):
         if root.dim() == xt.dim():
             if torch.jit.is_scripting() or not self.bfloat16:
                 return mean + root * self.network(xt, mean, y, log_sigma)
-            with torch.autocast(xt.device.type, torch.bfloat16, enabled=self.bfloat16):
+            with torch.autocast(xt.device.type, torch.bfloat16):
                 return mean + root * self.network(xt, mean, y, log_sigma)
-        # A matrix (B, d, d). It tells F what y does, and does not change with the order, sign or mixture of A's rows
+        # root is a matrix (B, d, d)
         output = self.network(xt, mean, root / variance.sqrt()[..., None], log_sigma)
         return mean + (root @ output[..., None])[..., 0]
 
@@ -839,7 +841,7 @@ def batch_loss(state: State, corruption: Corruption, config: Config, generator: 
 
 def random_images(x0: Tensor, number: int, generator: torch.Generator) -> Tensor:
     """(number, ...) of x0 (N, ...), on the generator's device, which need not be that of x0."""
-    if x0.device == generator.device:
+    if x0.device.type == generator.device.type:
         return x0[torch.randint(len(x0), (number,), generator=generator, device=x0.device)].float()
     chosen = torch.randint(len(x0), (number,), generator=generator_for("cpu", generator.initial_seed()))
     return x0[chosen].pin_memory().to(generator.device, non_blocking=True).float()  # while the GPU is busy with the last step
@@ -1242,7 +1244,7 @@ def load(folder: str | Path, device="cpu", corruption: Corruption | None = None)
     checkpoint = load_checkpoint(folder)
     settings = checkpoint["settings"]
     corruption = corruption or corruption_class(settings.corruption, trusted=False)(**settings.parameters)
-    return restore_state(checkpoint, corruption, settings, device).model.to(device)
+    return restore_state(checkpoint, corruption, settings, device).model
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
