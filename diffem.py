@@ -1318,8 +1318,8 @@ def parse(argv: list[str]) -> tuple[Settings, dict]:
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(options).items()}
     start = {name: given.pop(name) for name in ("device", "data_device", "name", "resume", "dry_run") if name in given}
     devices = start["device"], start["data_device"]
-    odd = [name for name in devices if name not in ("auto", "cpu", "cuda")]
-    require(not odd, f"unknown device {' '.join(odd)}: auto, cpu or cuda")
+    for name in devices:
+        require(name in ("auto", "cpu", "cuda"), f"unknown device {name!r}: auto, cpu or cuda")
     require("cuda" not in devices or torch.cuda.is_available(), "no CUDA device can be used here: --device cpu")
     start["device"] = "cuda" if torch.cuda.is_available() and start["device"] != "cpu" else "cpu"
     require("name" not in start or "resume" not in start, "--resume goes on in the run's own folder: no --name")
