@@ -90,7 +90,7 @@ class Config:
     blank: float = setting(0.1, "share of the M-step's observations that are blanked, to learn the prior")
     flip: bool = setting(False, "mirror images at random in the M-step")
     jitter: bool = setting(False, "change hue and saturation slightly in the M-step")
-    method: str = setting("ddpm", "sampler: ddpm, ddim or dpm2m")
+    method: str = setting("ddpm", "sampler: ddpm, ddim, sde2m or dpm2m")
     sample_steps: int = setting(16, "network evaluations to sample an image")
     first_sample_steps: int = setting(0, "those of the first E-step, growing to sample_steps over half of the laps; 0: all")
     sample_batch: int = setting(512, "images sampled at once; halved where they do not fit into memory")
@@ -173,6 +173,7 @@ class Corruption(nn.Module):
     linear = True  # is `measure` linear in x?
     noise = 0.0  # s
     closed_form = False  # does `precondition` use y?
+    masks = None  # (K, 1, H, W), where there are observed ones to draw from in place of `mask`
 
     def mask(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """(B, C, H, W) -> (B, 1, H, W): 1 where something is observed, 0 elsewhere."""
@@ -184,7 +185,11 @@ class Corruption(nn.Module):
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """y ~ Q(. | x): (B, C, H, W) -> (B, C + 1, H, W)."""
-        return self.observe(x, torch.cat([torch.zeros_like(x), self.mask(x, generator)], 1), generator)
+        if self.masks is None:
+            known = self.mask(x, generator)
+        else:
+            known = self.masks[torch.randint(len(self.masks), (len(x),), generator=generator, device=x.device)].to(x.dtype)
+        return self.observe(x, torch.cat([torch.zeros_like(x), known], 1), generator)
 
     def observe(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """A new observation A(x) + s eps of x, with the mask of y."""
@@ -614,22 +619,24 @@ def sampler(method: str, steps: int, sigma_min: float, sigma_max: float) -> list
     the denoiser's estimate, D_before that of the step before. Down log-uniform levels from sigma_max to sigma_min, then 0.
 
     From sigma_t to the next lower level sigma_s, with r = sigma_s / sigma_t:
-        ddpm   xs = r^2 xt + (1 - r^2) D + sigma_s sqrt(1 - r^2) eps                 (ancestral: the paper's)
-        ddim   xs = r xt + (1 - r) D                                                 (Song et al. 2021)
-        dpm2m  xs = r xt + (1 - r) (3 D - D_before) / 2; the first and last as ddim  (DPM-Solver++(2M), Lu et al. 2022)
+        ddpm   xs = r^2 xt + (1 - r^2) D + sigma_s sqrt(1 - r^2) eps          (ancestral: the paper's)
+        ddim   xs = r xt + (1 - r) D                                          (Song et al. 2021)
+        sde2m, dpm2m: as these, with (3 D - D_before) / 2 in place of D but in the first and last step
+                                                                              (DPM-Solver++(2M), SDE and ODE, Lu et al. 2022)
     """
+    if method != "ddpm" and method != "ddim" and method != "sde2m" and method != "dpm2m":
+        raise DiffEMError(f"unknown method {method}: ddpm, ddim, sde2m, dpm2m")
     table: list[tuple[float, float, float, float, float]] = []
     levels = [sigma_max * (sigma_min / sigma_max) ** (i / max(steps - 1, 1)) for i in range(steps)] + [0.0]
     for i in range(steps):
-        r = levels[i + 1] / levels[i]
-        if method == "ddpm":
-            table.append((levels[i], r * r, 1 - r * r, 0.0, levels[i + 1] * math.sqrt(1 - r * r)))
-        elif method == "ddim" or method == "dpm2m" and (i == 0 or i == steps - 1):
-            table.append((levels[i], r, 1 - r, 0.0, 0.0))
-        elif method == "dpm2m":
-            table.append((levels[i], r, 1.5 * (1 - r), -0.5 * (1 - r), 0.0))
-        else:
-            raise DiffEMError(f"unknown method {method}: ddpm, ddim, dpm2m")
+        a, d = levels[i + 1] / levels[i], 0.0
+        if method == "ddpm" or method == "sde2m":
+            d = levels[i + 1] * math.sqrt(1 - a * a)
+            a = a * a
+        c = 0.0
+        if (method == "sde2m" or method == "dpm2m") and 0 < i and i < steps - 1:
+            c = -0.5 * (1 - a)
+        table.append((levels[i], a, 1 - a - c, c, d))
     return table
 
 
@@ -909,12 +916,15 @@ def fit(y: Tensor, corruption: Corruption, config: Config, device=None) -> Denoi
 class Settings(Config):
     """All that describes a run of the command line: one field, one flag, but for `parameters`."""
 
-    dataset: str = setting("digits", "digits, manifold, mnist, fashion_mnist, cifar10, celeba, folder")
+    dataset: str = setting("digits", "digits, manifold, mnist, fashion_mnist, cifar10, celeba, folder, observations")
+    observations: str = setting("", "a folder of images that are observations, for --corruption to undo; a pixel is missing "
+                                "where it is transparent, or NaN in an .npy")  # fmt: skip
+    masks: str = setting("", "for observations: a folder of images named like them, black where a pixel is missing")
     preset: str = setting("small", "published: the paper's settings, the default on a GPU; small: for a CPU")
     data_dir: str = setting("data", "where data sets are kept; for folder: the images, at any depth")
     image_size: int = setting(0, "for folder: crop the centre square and resize it to this; 0: leave images as they are")
-    grey: bool = setting(False, "for folder: read images as grey")
-    skip_bad_images: bool = setting(False, "for folder: go on without images that cannot be read")
+    grey: bool = setting(False, "read images as grey")
+    skip_bad_images: bool = setting(False, "go on without images that cannot be read")
     limit: int = setting(0, "train on so many images; 0: on all")
     held_out: int = setting(256, "images held out for the metrics")
     samples: int = setting(8, "posterior samples of each held-out image, for the mean and the spread")
@@ -927,9 +937,10 @@ class Settings(Config):
         require((self.dataset == "manifold") == (self.corruption == "projection"),
                 f"the corruption {self.corruption} does not go with {self.dataset}: projection is for vectors, all else "
                 "for images")  # fmt: skip
-        if self.dataset != "folder":
-            alien = [name for name in ("image_size", "grey", "skip_bad_images") if getattr(self, name)]
-            require(not alien, f"{alien} are for --dataset folder")
+        require((self.dataset == "observations") == bool(self.observations), "--observations FOLDER is the data set")
+        own = {"image_size": ["folder"], "grey": ["folder", "observations"], "masks": ["observations"]}
+        for name, places in (own | {"skip_bad_images": own["grey"]}).items():
+            require(not getattr(self, name) or self.dataset in places, f"{name} is for --dataset {' or '.join(places)}")
 
 
 SMALL = dict(channels=(16, 32, 64), blocks=2, steps=1000, ema=0.995, laps=8, sample_batch=256, prior_rank=64, prior_laps=16)
@@ -953,6 +964,7 @@ PRESETS = {
         channels=(128, 256, 384, 512), blocks=3, attention=(3,), lr=1e-4, sample_batch=512, prior_rank=1024,
     ),
     ("folder", "small"): SMALL | dict(flip=True),
+    ("observations", "small"): SMALL | dict(flip=True),
 }  # fmt: skip
 SHAPES = {  # of one x0, and how many there are
     "digits": ([1, 8, 8], 1797), "manifold": ([5], 16384), "mnist": ([1, 28, 28], 60_000),
@@ -1023,12 +1035,30 @@ def torchvision_images(settings: Settings) -> tuple[Tensor, Tensor]:
     return tuple(p[:, None] if p.ndim == 3 else p.permute(0, 3, 1, 2) for p in pixels)
 
 
-def image_files(root: str) -> list[Path]:
-    require(Path(root).is_dir(), f"no folder {root} (--data-dir)")
-    kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+def image_files(root: str, flag: str = "--data-dir") -> list[Path]:
+    require(Path(root).is_dir(), f"no folder {root} ({flag})")
+    kinds = {".npy"} if flag == "--observations" else set()
+    kinds |= {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
     files = sorted(path for path in Path(root).rglob("*") if path.suffix.lower() in kinds)
     require(len(files) > 0, f"no images in {root}")
     return files
+
+
+def read_all(files: list[Path], read, settings: Settings) -> Tensor:
+    """(N, H, W, C): what read(path) gives for each file, an array (H, W, C)."""
+    arrays = []
+    for path in tqdm(files, desc="reading images", leave=False, disable=None):
+        try:
+            array = read(path)
+        except Exception as error:  # Pillow and numpy raise many kinds
+            require(settings.skip_bad_images, f"{path} cannot be read as an image ({error}); --skip-bad-images goes on without")
+            continue
+        (H, W), (H0, W0) = array.shape[:2], (arrays or [array])[0].shape[:2]
+        advice = "; --image-size N crops and resizes them" if settings.dataset == "folder" else ""
+        require((H, W) == (H0, W0), f"images of mixed sizes: {path} has {W}x{H} pixels, others {W0}x{H0}{advice}")
+        arrays.append(array)
+    require(len(arrays) > 0, "none of the images can be read")
+    return torch.from_numpy(np.stack(arrays))
 
 
 def read_images(files: list[Path], settings: Settings, crop: int = 0) -> Tensor:
@@ -1036,23 +1066,47 @@ def read_images(files: list[Path], settings: Settings, crop: int = 0) -> Tensor:
     from PIL import Image
     from torchvision.transforms.functional import center_crop
 
-    images, size = [], (settings.image_size, settings.image_size)
-    for path in tqdm(files, desc="reading images", leave=False, disable=None):
-        try:
-            with Image.open(path) as file:
-                image = file.convert("L" if settings.grey else "RGB")
-        except Exception as error:  # Pillow raises many kinds
-            require(settings.skip_bad_images, f"{path} cannot be read as an image ({error}); --skip-bad-images goes on without")
-            continue
-        if settings.image_size and image.size != size:
+    def read(path: Path) -> np.ndarray:
+        with Image.open(path) as file:
+            image = file.convert("L" if settings.grey else "RGB")
+        if settings.image_size and image.size != (settings.image_size, settings.image_size):
+            size = (settings.image_size, settings.image_size)
             image = center_crop(image, crop or min(image.size)).resize(size, Image.Resampling.LANCZOS)
-        first = images[0] if images else image
-        require(image.size == first.size, f"images of mixed sizes: {path} has {image.width}x{image.height} pixels, others "
-                f"{first.width}x{first.height}; --image-size N crops and resizes them")  # fmt: skip
-        images.append(image)
-    require(len(images) > 0, "none of the images can be read")
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    return pixels[:, None] if settings.grey else pixels.permute(0, 3, 1, 2)
+        return np.atleast_3d(np.asarray(image))
+
+    return read_all(files, read, settings).permute(0, 3, 1, 2)
+
+
+def read_observations(settings: Settings) -> Tensor:
+    """y (N, C + 1, H, W) from a folder of images, of 8 or 16 bits, or arrays (H, W) or (H, W, C) of numbers from 0 to 1."""
+    from PIL import Image
+
+    def read(path: Path) -> np.ndarray:
+        if path.suffix.lower() == ".npy":
+            values = np.atleast_3d(np.load(path, allow_pickle=False)).astype(np.float32)
+            known = np.isfinite(values).all(2, keepdims=True)
+            require(values.ndim == 3 and values.shape[2] == (1 if settings.grey else 3), f"an array {values.shape}")
+            require(bool(((values >= 0) & (values <= 1) | ~known).all()), "numbers must be from 0 to 1")
+        else:
+            with Image.open(path) as file:
+                sixteen = file.mode.startswith("I")
+                image = file.copy() if sixteen else file.convert("LA" if settings.grey else "RGBA")
+            values = np.atleast_3d(np.asarray(image, np.float32)) / (65535 if sixteen else 255)
+            known = np.ones_like(values[..., :1]) if sixteen else values[..., -1:] > 0
+            values = values.repeat(1 if settings.grey else 3, 2) if sixteen else values[..., :-1]
+        if settings.masks:
+            relative = path.relative_to(settings.observations).with_suffix("")
+            masks = [m for m in Path(settings.masks, relative.parent).glob(relative.name + ".*") if m.stem == relative.name]
+            require(len(masks) == 1, f"{len(masks)} masks {Path(settings.masks, relative)}.*")
+            with Image.open(masks[0]) as file:
+                known = known * (np.asarray(file.convert("L"))[..., None] > 127)
+        known = known.astype(np.float32)
+        return np.concatenate([np.where(known > 0, 4 * values - 2, 0), known], 2)
+
+    files = image_files(settings.observations, "--observations")
+    order = torch.randperm(len(files), generator=generator_for("cpu", settings.seed, 0, 4))
+    files = [files[i] for i in order[: settings.limit + settings.held_out if settings.limit else None]]
+    return read_all(files, read, settings).permute(0, 3, 1, 2).contiguous()
 
 
 # ---- Metrics and pictures -------------------------------------------------------------------------------------------
@@ -1084,8 +1138,8 @@ def distance_to_curve(x: Tensor, curve: Tensor) -> float:
 
 
 @torch.no_grad()
-def evaluate(state: State, y: Tensor, x0: Tensor, corruption: Corruption, settings: Settings) -> tuple[dict, dict]:
-    """Metrics on held-out observations y with their truth x0, and the samples they were taken from.
+def evaluate(state: State, y: Tensor, x0: Tensor | None, corruption: Corruption, settings: Settings) -> tuple[dict, dict]:
+    """Metrics on held-out observations y, with their truth x0 if it is known, and the samples they were taken from.
 
     residual  root mean square of y - A(x) where something was observed, in units of s, or of a grey level where s = 0
     spread    standard deviation of the posterior samples, root mean square over the pixels
@@ -1106,10 +1160,10 @@ def evaluate(state: State, y: Tensor, x0: Tensor, corruption: Corruption, settin
     observed = y[:, -1:].expand_as(error).sum().clamp_min(1) if y.ndim == 4 else error.numel()
     residual = float((error.square().sum() / observed).sqrt()) / (corruption.noise or 4 / 255)
     metrics = dict(residual=residual, spread=float(samples["std"].square().mean().sqrt()))
-    if y.ndim == 4:
+    if y.ndim == 4 and x0 is not None:
         metrics |= dict(psnr=psnr(x[0], x0), psnr_mean=psnr(samples["mean"], x0))
         metrics |= dict(ssim=ssim(x[0], x0), ssim_mean=ssim(samples["mean"], x0))
-    else:
+    elif y.ndim < 4:
         curve = manifold(torch.linspace(0, 1, 20_001)[:-1], settings.seed).to(y.device)
         metrics |= dict(wasserstein=sliced_wasserstein(x[0], x0, generator), to_curve=distance_to_curve(x[0], curve))
         metrics |= dict(wasserstein_prior=sliced_wasserstein(prior, x0, generator))
@@ -1121,7 +1175,7 @@ def evaluate(state: State, y: Tensor, x0: Tensor, corruption: Corruption, settin
     return metrics, samples
 
 
-def picture_images(path: Path, y: Tensor, x0: Tensor, samples: dict, corruption: Corruption) -> None:
+def picture_images(path: Path, y: Tensor, x0: Tensor | None, samples: dict, corruption: Corruption) -> None:
     """Rows: observation, two posterior samples, posterior mean and standard deviation, truth; samples of the prior."""
     from matplotlib.figure import Figure
 
@@ -1130,7 +1184,7 @@ def picture_images(path: Path, y: Tensor, x0: Tensor, samples: dict, corruption:
         red = torch.tensor([1.2, -0.8, -0.8], device=y.device).view(3, 1, 1)
         observed = torch.where(y[:, -1:] > 0, observed, red)
     rows = {"observation": observed, "sample 1": samples["x"][0], "sample 2": samples["x"][1], "mean": samples["mean"]}
-    rows |= {"std (white: 1)": 4 * samples["std"] - 2, "truth": x0, "prior": samples["prior"]}
+    rows |= {"std (white: 1)": 4 * samples["std"] - 2} | ({} if x0 is None else {"truth": x0}) | {"prior": samples["prior"]}
     columns = min(10, len(y))
     figure = Figure((0.9 * columns + 1.2, 0.9 * len(rows)), layout="constrained")
     for line, (label, images) in zip(figure.subplots(len(rows), columns, squeeze=False), rows.items()):
@@ -1328,6 +1382,8 @@ def parse(argv: list[str]) -> tuple[Settings, dict]:
         start["checkpoint"] = load_checkpoint(start["resume"])
         saved = asdict(start["checkpoint"]["settings"])
 
+    if given.get("observations"):
+        given.setdefault("dataset", "observations")
     dataset = (given | saved).get("dataset", "digits")
     presets = [p for d, p in PRESETS if d == dataset]
     require(presets, f"unknown data set {dataset!r}: {', '.join(dict.fromkeys(d for d, _ in PRESETS))}")
@@ -1356,9 +1412,12 @@ def shape_and_number(settings: Settings) -> tuple[list, int]:
     if settings.dataset == "folder":
         files = image_files(settings.data_dir)
         shape, number = list(read_images(files[:1], settings).shape[1:]), len(files)
+    elif settings.dataset == "observations":
+        y = read_observations(settings)
+        shape, number = [y.shape[1] - 1, *y.shape[2:]], len(y)
     else:
         shape, number = SHAPES[settings.dataset]
-    number -= settings.held_out if settings.dataset in ("digits", "folder") else 0  # the others have a test set
+    number -= settings.held_out if settings.dataset in ("digits", "folder", "observations") else 0  # the others have a test set
     return shape, min(number, settings.limit or number)
 
 
@@ -1511,12 +1570,26 @@ def run(argv: list[str]) -> int:
     return observe_and_train(settings, start, corruption)
 
 
+def observe(settings: Settings, corruption: Corruption) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Observations to train on, those held out for the metrics, and the truth of these, if it is known."""
+    if settings.dataset != "observations":
+        x0, x0_held_out = load_data(settings)  # nobody sees x0 but here
+        generator = generator_for("cpu", settings.seed, 0, 0)
+        return corrupt(x0, corruption, generator), corrupt(x0_held_out, corruption, generator), x0_held_out
+    y = read_observations(settings)
+    if isinstance(corruption, Downsample):
+        y = F.interpolate(y, scale_factor=corruption.factor, mode="nearest")
+    held_out, y = y[: settings.held_out], y[settings.held_out :]
+    require(len(y) > 0, f"{len(held_out)} images are too few to hold out {settings.held_out} (--held-out) and train on the rest")
+    missing = bool((y[:, -1:] == 0).any())
+    require(missing or not isinstance(corruption, Mask), f"no pixel is missing in {settings.observations}: alpha, NaN or --masks")
+    corruption.masks = y[:, -1:].bool() if missing else None
+    return y, held_out, None
+
+
 def observe_and_train(settings: Settings, start: dict, corruption: Corruption) -> int:
     (rank, size), device = ranks(), start["device"]
-    x0, x0_held_out = load_data(settings)
-    generator = generator_for("cpu", settings.seed, 0, 0)
-    y, y_held_out = (corrupt(x, corruption, generator) for x in (x0, x0_held_out))
-    del x0  # nobody sees it from here on
+    y, y_held_out, x0_held_out = observe(settings, corruption)
     require(bool(y.isfinite().all()), f"the corruption {settings.corruption} gives values that are not finite")
     data, number, state = hashlib.sha256(y.numpy().tobytes()).hexdigest(), len(y), None
     y = y[rank::size]
@@ -1534,7 +1607,10 @@ def observe_and_train(settings: Settings, start: dict, corruption: Corruption) -
         (folder / "config.json").write_text(json.dumps(asdict(settings), indent=1) + "\n")
     on = f"{size} processes on {device}" if size > 1 else device
     print(f"{folder}: {number} observations, {settings.corruption} {describe(settings.parameters)}, {on}")
-    return train(y, data, (y_held_out.to(device), x0_held_out.to(device)), corruption, settings, folder, start, state)
+    if corruption.masks is not None:
+        corruption.masks = corruption.masks.to(device)
+    truth = None if x0_held_out is None else x0_held_out.to(device)
+    return train(y, data, (y_held_out.to(device), truth), corruption, settings, folder, start, state)
 
 
 @contextmanager

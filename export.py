@@ -223,17 +223,16 @@ def export(folder: str, out: str | None = None, half: bool = False, own_corrupti
 
 def sampler(method: str, steps: int, sigma_min: float, sigma_max: float) -> np.ndarray:
     """(steps, 5): sigma_t, a, b, c, d of each step, as by `diffem.sampler`."""
-    require(method in ("ddpm", "ddim", "dpm2m"), f"unknown method {method}: ddpm, ddim, dpm2m")
+    require(method in ("ddpm", "ddim", "sde2m", "dpm2m"), f"unknown method {method}: ddpm, ddim, sde2m, dpm2m")
     require(steps >= 1, f"steps must be at least 1, not {steps}")
     levels = np.append(np.geomspace(sigma_max, sigma_min, steps), 0)
     sigma_t, sigma_s = levels[:-1], levels[1:]
-    r, zero = sigma_s / sigma_t, np.zeros(steps)
-    if method == "ddpm":  # xs = r^2 xt + (1 - r^2) D + sigma_s sqrt(1 - r^2) eps
-        return np.stack([sigma_t, r**2, 1 - r**2, zero, sigma_s * np.sqrt(1 - r**2)], 1)
-    c = zero.copy()
-    if method == "dpm2m":  # xs = r xt + (1 - r) (3 D - D_before) / 2; the first and last as ddim
-        c[1:-1] = (r[1:-1] - 1) / 2
-    return np.stack([sigma_t, r, 1 - r - c, c, zero], 1)  # xs = r xt + (1 - r) D
+    a, c, d = sigma_s / sigma_t, np.zeros(steps), np.zeros(steps)
+    if method in ("ddpm", "sde2m"):
+        a, d = a**2, sigma_s * np.sqrt(1 - a**2)
+    if method in ("sde2m", "dpm2m"):  # (3 D - D_before) / 2 in place of D, but in the first and last step
+        c[1:-1] = (a[1:-1] - 1) / 2
+    return np.stack([sigma_t, a, 1 - a - c, c, d], 1)
 
 
 def missing_cuda() -> str:
@@ -480,7 +479,7 @@ def parse(argv: list[str]) -> dict:
         parser.add_argument("-o", "--out", default="restored", help="folder for the results (default: %(default)s)")
         parser.add_argument("--mask", help="an image, black where pixels are missing, or a folder of PNG named like the inputs")
         parser.add_argument("--steps", type=int, default=0, help="network evaluations a sample (default: as trained)")
-        parser.add_argument("--method", default="", help="ddpm, ddim or dpm2m (default: as trained)")
+        parser.add_argument("--method", default="", help="ddpm, ddim, sde2m or dpm2m (default: as trained)")
         parser.add_argument("--samples", type=int, default=4, help="posterior samples an image (default: %(default)s)")
         parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
         parser.add_argument("--device", default="auto", help="auto, cuda or cpu (default: %(default)s)")

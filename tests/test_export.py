@@ -124,7 +124,7 @@ def test_onnx_equals_eager(run, restorer, batch, height, width, generator):
     torch.testing.assert_close(torch.from_numpy(xs), a * xt + b * x0 + c * before + d * noise, atol=2e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["ddpm", "ddim", "dpm2m"])
+@pytest.mark.parametrize("method", ["ddpm", "ddim", "sde2m", "dpm2m"])
 @pytest.mark.parametrize("steps", [1, 2, 9])
 def test_restorer_equals_eager_sampling_with_the_same_noise(run, restorer, method, steps):
     y = observations((3, 3, 12, 20))
@@ -142,7 +142,7 @@ def test_sizes_that_the_network_cannot_halve_are_padded(restorer):
     np.testing.assert_array_equal(restorer(y, steps=3), restorer(padded, steps=3)[..., :10, :21])
 
 
-@pytest.mark.parametrize("method", ["ddpm", "ddim", "dpm2m"])
+@pytest.mark.parametrize("method", ["ddpm", "ddim", "sde2m", "dpm2m"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 40])
 def test_both_samplers_have_the_same_coefficients(method, steps):
     ours, reference = (module.sampler(method, steps, 2e-3, 80.0) for module in (export, diffem))
@@ -442,7 +442,7 @@ def test_bad_pictures(run, pictures, monkeypatch, capsys):
         ("in/a.png -o file/out", "file"),
         ("in/a.png --steps -1", "steps"),
         ("in/a.png --samples 0", "samples"),
-        ("in/a.png --method euler", "unknown method euler: ddpm, ddim, dpm2m"),
+        ("in/a.png --method euler", "unknown method euler: ddpm, ddim, sde2m, dpm2m"),
         ("in/a.png --device tpu", "unknown device tpu"),
         ("in/a.png --seed x", "--seed"),
         ("", "required"),

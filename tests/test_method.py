@@ -44,7 +44,7 @@ def draw(mean, covariance, number, generator):
     return (mean + eps @ torch.linalg.cholesky(covariance).T).float()
 
 
-@pytest.mark.parametrize("method, steps", [("ddpm", 300), ("ddim", 300), ("dpm2m", 64)])
+@pytest.mark.parametrize("method, steps", [("ddpm", 300), ("ddim", 300), ("sde2m", 64), ("dpm2m", 64)])
 def test_sampler_with_exact_denoiser_gives_the_exact_posterior(method, steps, generator):
     mean, covariance = gaussian(3, generator)
     corruption = Projection(rows=1, noise=0.3)

@@ -1,0 +1,150 @@
+"""Images that are observations already, from a folder on disk: how they are read, and a run from them to restored pictures."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import diffem
+from diffem import Blur, Downsample, Mask, Settings
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+FLAGS = ("--channels 8 8 --blocks 1 --laps 1 --steps 3 --batch 8 --sample-steps 3 --prior-laps 2 --prior-rank 4 --held-out 12 "
+         "--samples 2 --name own").split()  # fmt: skip
+
+
+def settings(folder, **others):
+    return Settings(dataset="observations", observations=str(folder), held_out=1, **others)
+
+
+def pixels(number=40, channels=3):
+    """Images of four squares of one colour, and masks of whole columns."""
+    generator = np.random.default_rng(0)
+    values = np.kron(generator.integers(0, 256, (number, 2, 2, channels)), np.ones((1, 4, 4, 1))).astype(np.uint8)
+    return values, np.repeat(generator.random((number, 1, 8)) < 0.6, 8, 1)
+
+
+def write_transparent(folder, number=40):
+    values, known = pixels(number)
+    folder.mkdir(parents=True)
+    for i in range(number):
+        Image.fromarray(np.dstack([values[i], 255 * known[i].astype(np.uint8)])).save(folder / f"{i:02d}.{['png', 'webp'][i % 2]}",
+                                                                                   lossless=True, exact=True)  # fmt: skip
+    return values, known
+
+
+def test_transparent_pixels_nan_and_masks_say_the_same(tmp_path):
+    values, known = write_transparent(tmp_path / "alpha")
+    (tmp_path / "arrays").mkdir()
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "masks").mkdir()
+    for i, (value, k) in enumerate(zip(values, known)):
+        np.save(tmp_path / "arrays" / f"{i:02d}.npy", np.where(k[..., None], value / 255, np.nan))
+        Image.fromarray(value).save(tmp_path / "plain" / f"{i:02d}.png")
+        Image.fromarray(255 * k.astype(np.uint8)).save(tmp_path / "masks" / f"{i:02d}.png")
+    order = torch.randperm(len(values), generator=diffem.generator_for("cpu", 0, 0, 4))
+    x, k = torch.from_numpy(values).permute(0, 3, 1, 2) * (4 / 255) - 2, torch.from_numpy(known)[:, None].float()
+    expected = torch.cat([x * k, k], 1)[order]
+    masks = dict(masks=str(tmp_path / "masks"))
+    for folder, others in (("alpha", {}), ("arrays", {}), ("plain", masks)):
+        torch.testing.assert_close(diffem.read_observations(settings(tmp_path / folder, **others)), expected, atol=1e-5, rtol=0)
+
+
+def test_grey_of_16_bits(tmp_path):
+    array = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    Image.fromarray(array).save(tmp_path / "a.png")
+    y = diffem.read_observations(settings(tmp_path, grey=True))
+    assert y.shape == (1, 2, 8, 8)
+    torch.testing.assert_close(y[0, 0], torch.from_numpy(array / 65535 * 4 - 2).float(), atol=1e-6, rtol=0)
+
+
+def test_the_m_step_draws_the_masks_that_were_observed(tmp_path, generator):
+    write_transparent(tmp_path / "in")
+    corruption = Mask(0.5)
+    y, held_out, truth = diffem.observe(settings(tmp_path / "in"), corruption)
+    assert truth is None and len(y) == 39 and len(held_out) == 1
+    drawn = corruption(torch.randn(500, 3, 8, 8, generator=generator), generator)[:, -1]
+    rows = {tuple(mask.flatten().tolist()) for mask in y[:, -1]}
+    assert {tuple(mask.flatten().tolist()) for mask in drawn} == rows  # all of them, and no others
+
+
+def test_a_smaller_image_is_an_observation_of_a_larger_one(tmp_path):
+    values, _ = pixels(3)
+    for i, value in enumerate(values):
+        Image.fromarray(value).save(tmp_path / f"{i}.png")
+    y, _, _ = diffem.observe(settings(tmp_path), Downsample(2))
+    assert y.shape == (2, 4, 16, 16) and torch.equal(y[..., ::2, ::2], y[..., 1::2, 1::2])
+    corruption = Blur()
+    diffem.observe(settings(tmp_path), corruption)
+    assert corruption.masks is None
+
+
+def script(*arguments, cwd):
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def test_from_a_folder_to_restored_pictures(tmp_path):
+    write_transparent(tmp_path / "in")
+    before = {path: path.read_bytes() for path in (tmp_path / "in").iterdir()}
+    done = script(ROOT / "diffem.py", "--observations", "in", *FLAGS, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "runs/own/metrics.jsonl").read_text().splitlines()]
+    assert [line["lap"] for line in lines] == [0, 1] and "psnr" not in lines[1] and lines[1]["residual"] < 5
+    done = script(ROOT / "diffem.py", "--resume", "runs/own", "--laps", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = script(ROOT / "export.py", "runs/own", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = script(ROOT / "export.py", "restore", "runs/own/model.onnx", "in", "--samples", "1", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "restored").glob("*_sample1.png"))) == 40
+    assert {path: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
+
+
+def spoil(folder):
+    (folder / "07.webp").write_bytes(b"junk")
+
+
+def make_opaque(folder):
+    for path in folder.iterdir():
+        Image.open(path).convert("RGB").save(path)
+
+
+@pytest.mark.parametrize(
+    "change, arguments, message",
+    [
+        (spoil, "--observations in", "in/07.webp"),
+        (make_opaque, "--observations in", "no pixel is missing"),
+        (None, "--observations nowhere", "no folder nowhere .--observations."),
+        (None, "--observations in --masks nowhere", "0 masks nowhere/"),
+        (None, "--observations in --image-size 4", "image_size is for --dataset folder"),
+        (None, "--dataset observations", "--observations FOLDER"),
+        (None, "--dataset digits --observations in", "--observations FOLDER"),
+        (None, "--masks in", "masks is for"),
+        (lambda folder: np.save(folder / "x.npy", np.full((8, 8, 3), 200.0)), "--observations in", "x.npy .* from 0 to 1"),
+    ],
+)
+def test_bad_observations(change, arguments, message, tmp_path, monkeypatch, capsys):
+    write_transparent(tmp_path / "in", 20)
+    if change:
+        change(tmp_path / "in")
+    monkeypatch.chdir(tmp_path)
+    assert diffem.main([*arguments.split(), *FLAGS]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(message, error), error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_broken_file_is_skipped_where_that_is_asked_for(tmp_path):
+    write_transparent(tmp_path / "in", 20)
+    spoil(tmp_path / "in")
+    assert len(diffem.read_observations(settings(tmp_path / "in", skip_bad_images=True))) == 19
