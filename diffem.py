@@ -79,7 +79,7 @@ class Config:
     dropout: float = setting(0.0, "dropout in the residual blocks")
     sigma_min: float = setting(1e-3, "lowest noise level")
     sigma_max: float = setting(1e2, "highest noise level")
-    laps: int = setting(7, "EM iterations")
+    laps: int = setting(5, "EM iterations")
     steps: int = setting(400, "optimiser steps a lap")
     batch: int = setting(64, "images a step")
     lr: float = setting(1e-3, "learning rate of Adam; it falls to 0 over the second half of the laps")
