@@ -68,7 +68,8 @@ def medians(candidates: dict, rounds: int, bar: tqdm) -> dict[str, float]:
 
 def random_run(folder: Path, channels: tuple, blocks: int) -> Path:
     """A run folder of a model of 32x32 colour images with missing pixels, whose weights are random."""
-    settings = diffem.Settings(dataset="folder", channels=channels, blocks=blocks, parameters=dict(rate=0.75, noise=1e-3))
+    settings = diffem.Settings(dataset="folder", channels=channels, blocks=blocks, precision="float32",
+                               parameters=dict(rate=0.75, noise=1e-3))  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     state = diffem.new_state(torch.zeros(1, 3, 32, 32), [4, 32, 32], diffem.Mask(0.75, 1e-3), settings)
     with torch.no_grad():
