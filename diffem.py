@@ -14,6 +14,8 @@ The real observations y_i enter in the E-step alone; in the M-step y is drawn af
 
     python diffem.py                        # 8x8 digits, half of the pixels missing: minutes on a laptop's CPU
     python diffem.py --dataset cifar10      # the paper's experiment (without a GPU, a small version of it)
+    python diffem.py --observations FOLDER  # corrupted images of your own
+    torchrun --nproc-per-node=8 diffem.py --dataset cifar10
     python diffem.py --help
 
 Symbols   x0 clean, xt = x0 + sigma eps noisy, y observation, sigma noise level, eps ~ N(0, 1), D denoiser, A the forward
@@ -61,7 +63,7 @@ def require(condition: bool, message: str) -> None:
         raise DiffEMError(message)
 
 
-# ---- Settings of the method, randomness -----------------------------------------------------------------------------
+# ---- Settings of the method, randomness, processes -------------------------------------------------------------------------
 
 
 def setting(default, help: str):
@@ -1397,7 +1399,7 @@ def parse(argv: list[str]) -> tuple[Settings, dict]:
         own.add_argument("--" + name.replace("_", "-"), type=type(default))
     preset_parameters = {k: v for k, v in values.get("parameters", {}).items() if k in parameters_of(corruption)}
     given["parameters"] = parameters_of(corruption) | preset_parameters | vars(own.parse_args(rest))
-    for name in saved.keys() - {"laps", "data_dir"}:
+    for name in saved.keys() - {"laps", "data_dir", "observations", "masks"}:
         now = given.get(name, saved[name])
         require(now == saved[name], f"{start['resume']} was made with {name} {saved[name]}, not {now}")
     return Settings(**values | given), start

@@ -99,8 +99,10 @@ def test_from_a_folder_to_restored_pictures(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "runs/own/metrics.jsonl").read_text().splitlines()]
     assert [line["lap"] for line in lines] == [0, 1] and "psnr" not in lines[1] and lines[1]["residual"] < 5
-    done = script(ROOT / "diffem.py", "--resume", "runs/own", "--laps", "2", cwd=tmp_path)
+    (tmp_path / "in").rename(tmp_path / "moved")
+    done = script(ROOT / "diffem.py", "--resume", "runs/own", "--laps", "2", "--observations", "moved", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    (tmp_path / "moved").rename(tmp_path / "in")
     done = script(ROOT / "export.py", "runs/own", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     done = script(ROOT / "export.py", "restore", "runs/own/model.onnx", "in", "--samples", "1", "--device", "cpu", cwd=tmp_path)
