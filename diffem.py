@@ -63,7 +63,7 @@ def require(condition: bool, message: str) -> None:
         raise DiffEMError(message)
 
 
-# ---- Settings of the method, randomness, processes -------------------------------------------------------------------------
+# ---- Settings of the method, randomness, processes ------------------------------------------------------------------
 
 
 def setting(default, help: str):
