@@ -577,13 +577,14 @@ class Denoiser(nn.Module):
         log_sigma = sigma.log()
         sigma = sigma.view([-1] + [1] * (xt.dim() - 1))
         mean, root = self.corruption.precondition(xt, sigma, y)
-        xt, variance = xt * (sigma**2 + 1).rsqrt(), sigma**2 / (sigma**2 + 1)
+        xt = xt * (sigma**2 + 1).rsqrt()
         if root.dim() == xt.dim():
             if torch.jit.is_scripting() or not self.bfloat16:
                 return mean + root * self.network(xt, mean, y, log_sigma)
             with torch.autocast(xt.device.type, torch.bfloat16):
                 return mean + root * self.network(xt, mean, y, log_sigma)
-        # root is a matrix (B, d, d)
+        # root is a matrix (B, d, d), given in units of EDM's sqrt(sigma^2 / (sigma^2 + 1))
+        variance = sigma**2 / (sigma**2 + 1)
         output = self.network(xt, mean, root / variance.sqrt()[..., None], log_sigma)
         return mean + (root @ output[..., None])[..., 0]
 
@@ -940,8 +941,9 @@ class Settings(Config):
                 f"the corruption {self.corruption} does not go with {self.dataset}: projection is for vectors, all else "
                 "for images")  # fmt: skip
         require((self.dataset == "observations") == bool(self.observations), "--observations FOLDER is the data set")
-        own = {"image_size": ["folder"], "grey": ["folder", "observations"], "masks": ["observations"]}
-        for name, places in (own | {"skip_bad_images": own["grey"]}).items():
+        both = ["folder", "observations"]
+        own = {"image_size": ["folder"], "masks": ["observations"], "grey": both, "skip_bad_images": both}
+        for name, places in own.items():
             require(not getattr(self, name) or self.dataset in places, f"{name} is for --dataset {' or '.join(places)}")
 
 
@@ -985,9 +987,7 @@ def load_data(settings: Settings) -> tuple[Tensor, Tensor]:
         t = torch.rand((settings.limit or SHAPES[name][1]) + held_out, generator=generator)
         return manifold(t[held_out:], settings.seed), manifold(t[:held_out], settings.seed)
     if name == "folder":
-        files = image_files(settings.data_dir)
-        files = [files[i] for i in torch.randperm(len(files), generator=generator)]
-        pixels = read_images(files[: settings.limit + held_out] if settings.limit else files, settings)
+        pixels = read_images(chosen(image_files(settings.data_dir), settings, generator), settings)
     elif name == "digits":
         from sklearn.datasets import load_digits
 
@@ -996,10 +996,21 @@ def load_data(settings: Settings) -> tuple[Tensor, Tensor]:
         pixels, test = torchvision_images(settings)
     if name in ("folder", "digits"):
         pixels = pixels[torch.randperm(len(pixels), generator=generator)]
-        pixels, test = pixels[held_out:], pixels[:held_out]
-        require(len(pixels) > 0, f"{len(test)} images are too few to hold out {held_out} (--held-out) and train on the rest")
+        pixels, test = split(pixels, held_out)
     order = torch.randperm(len(pixels), generator=generator)[: settings.limit or None]
     return pixels[order].float() * (4 / 255) - 2, test[:held_out].float() * (4 / 255) - 2
+
+
+def chosen(files: list[Path], settings: Settings, generator: torch.Generator) -> list[Path]:
+    """In a random order, no more than are trained on and held out."""
+    order = torch.randperm(len(files), generator=generator)
+    return [files[i] for i in order[: settings.limit + settings.held_out if settings.limit else None]]
+
+
+def split(images: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
+    """Those to train on, and the first ones, which are held out."""
+    require(len(images) > held_out, f"{len(images)} images are too few to hold out {held_out} (--held-out) and train on the rest")
+    return images[held_out:], images[:held_out]
 
 
 def manifold(t: Tensor, seed: int) -> Tensor:
@@ -1105,9 +1116,7 @@ def read_observations(settings: Settings) -> Tensor:
         known = known.astype(np.float32)
         return np.concatenate([np.where(known > 0, 4 * values - 2, 0), known], 2)
 
-    files = image_files(settings.observations, "--observations")
-    order = torch.randperm(len(files), generator=generator_for("cpu", settings.seed, 0, 4))
-    files = [files[i] for i in order[: settings.limit + settings.held_out if settings.limit else None]]
+    files = chosen(image_files(settings.observations, "--observations"), settings, generator_for("cpu", settings.seed, 0, 4))
     return read_all(files, read, settings).permute(0, 3, 1, 2).contiguous()
 
 
@@ -1581,8 +1590,7 @@ def observe(settings: Settings, corruption: Corruption) -> tuple[Tensor, Tensor,
     y = read_observations(settings)
     if isinstance(corruption, Downsample):
         y = F.interpolate(y, scale_factor=corruption.factor, mode="nearest")
-    held_out, y = y[: settings.held_out], y[settings.held_out :]
-    require(len(y) > 0, f"{len(held_out)} images are too few to hold out {settings.held_out} (--held-out) and train on the rest")
+    y, held_out = split(y, settings.held_out)
     missing = bool((y[:, -1:] == 0).any())
     require(missing or not isinstance(corruption, Mask), f"no pixel is missing in {settings.observations}: alpha, NaN or --masks")
     corruption.masks = y[:, -1:].bool() if missing else None

@@ -148,6 +148,12 @@ def image_state(channels: tuple, **settings) -> tuple:
     return diffem.new_state(x0, [4, 32, 32], corruption, config), y, corruption, config
 
 
+def flops_of(config: diffem.Settings) -> float:
+    """Of one evaluation of the network on one image."""
+    _, flops, _ = diffem.cost(config, diffem.Mask(0.75), [3, 32, 32], 512)
+    return flops / diffem.work_before(config.laps + 1, config, 512)
+
+
 def synchronised(function):
     """As it is, but it returns when the GPU, if any, is done."""
 
@@ -248,8 +254,7 @@ def lap_table(channels: tuple, steps: int) -> list[dict]:
     """Where a lap's time goes: as many steps of 64 images as shown, 512 images redrawn, and the metrics and pictures."""
     state, y, corruption, config = image_state(channels, steps=steps, laps=1, held_out=64)
     x0, history = state.x0[:64].float(), []
-    _, flops, _ = diffem.cost(config, diffem.Mask(0.75), [3, 32, 32], 512)
-    flops /= diffem.work_before(2, config, 512)  # of an evaluation
+    flops = flops_of(config)
     parts = {
         "data": [(diffem, "random_images"), (diffem, "augment"), (diffem.Corruption, "__call__")],
         "forward": [(diffem.Denoiser, "forward")], "backward": [(torch.Tensor, "backward")],
@@ -285,8 +290,7 @@ def compare_speed(options: argparse.Namespace) -> None:
     with tqdm(total=5 * len(networks) * (options.rounds + 1), mininterval=2) as bar:
         for channels in networks:
             float32, default = dict(precision="float32", compile="off"), image_state(channels)
-            _, flops, _ = diffem.cost(default[3], diffem.Mask(0.75), [3, 32, 32], 512)
-            flops /= diffem.work_before(default[3].laps + 1, default[3], 512)
+            flops = flops_of(default[3])
             candidates = {"naive: float32, contiguous": naive_m_step(channels), "default": m_steps(default[0], *default[2:])}
             state, _, corruption, config = image_state(channels, **float32)
             candidates["float32"] = m_steps(state, corruption, config)
