@@ -30,10 +30,12 @@ import argparse
 import hashlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -176,6 +178,12 @@ class Corruption(nn.Module):
     noise = 0.0  # s
     closed_form = False  # does `precondition` use y?
     masks = None  # (K, 1, H, W), where there are observed ones to draw from in place of `mask`
+    cell = 1  # side of the squares of pixels that are measured together
+
+    @property
+    def hides(self) -> bool:
+        """Can pixels be missing?"""
+        return self.masks is not None or type(self).mask is not Corruption.mask
 
     def mask(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """(B, C, H, W) -> (B, 1, H, W): 1 where something is observed, 0 elsewhere."""
@@ -284,33 +292,19 @@ class Noise(Pixelwise):
         super().__init__(noise)
 
 
-def gaussian_kernel(width: float, radius: int) -> Tensor:
-    """(2 radius + 1,): a Gaussian of standard deviation `width` at whole numbers, normalised."""
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / width) ** 2)
-    return kernel / kernel.sum()
-
-
-def separable_filter(x: Tensor, kernel: Tensor) -> Tensor:
-    """Each channel of x (B, C, H, W) filtered along both axes, without padding."""
-    B, C, H, W = x.shape
-    x = F.conv2d(x.reshape(B * C, 1, H, W), kernel.view(1, 1, -1, 1))
-    x = F.conv2d(x, kernel.view(1, 1, 1, -1))
-    return x.view(B, C, x.shape[-2], x.shape[-1])
-
-
 class Blur(Corruption):
     """Gaussian blur of standard deviation `width` pixels, mirrored at the border: y = K x + s eps."""
 
     def __init__(self, width: float = 1.5, noise: float = 0.02):
         super().__init__()
         require(width > 0 and noise >= 0, f"width must be above 0 and noise at least 0, not {width:g} and {noise:g}")
-        self.width, self.noise = width, noise
-        self.register_buffer("kernel", gaussian_kernel(width, math.ceil(3 * width)), persistent=False)
+        self.width, self.noise, self.radius = width, noise, math.ceil(3 * width)
 
     def measure(self, x: Tensor, y: Tensor) -> Tensor:
-        radius = len(self.kernel) // 2
-        require(min(x.shape[-2:]) > radius, f"a blur of width {self.width} needs images of more than {radius} pixels a side")
-        return y[:, -1:] * separable_filter(F.pad(x, [radius] * 4, mode="reflect"), self.kernel)
+        from torchvision.transforms.functional import gaussian_blur
+
+        require(min(x.shape[-2:]) > self.radius, f"a blur of width {self.width} needs more than {self.radius} pixels a side")
+        return y[:, -1:] * gaussian_blur(x, 2 * self.radius + 1, self.width)
 
 
 class Downsample(Corruption):
@@ -319,7 +313,7 @@ class Downsample(Corruption):
     def __init__(self, factor: int = 2, noise: float = 0.01):
         super().__init__()
         require(factor >= 1 and noise >= 0, f"factor must be at least 1 and noise 0, not {factor} and {noise:g}")
-        self.factor, self.noise = factor, noise
+        self.factor, self.cell, self.noise = factor, factor, noise
 
     def measure(self, x: Tensor, y: Tensor) -> Tensor:
         H, W = x.shape[-2:]
@@ -333,51 +327,32 @@ class Downsample(Corruption):
         return (self.noise * self.factor) ** 2  # s^2 R R^T, and R R^T = factor^2 on the range of R
 
 
-# The quantisation tables of the JPEG standard (ITU-T T.81, annex K), in reading order
-JPEG_LUMINANCE = """16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29 51 87 80 62
-    18 22 37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99"""
-JPEG_CHROMINANCE = """17 18 24 47 99 99 99 99 18 21 26 66 99 99 99 99 24 26 56 99 99 99 99 99 47 66 99 99 99 99 99 99
-    99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99 99"""
-
-
 class Jpeg(Corruption):
-    """JPEG of `quality` 1 to 100, without chroma subsampling; grey images by the luminance table."""
+    """JPEG as Pillow writes and reads it, of `quality` 1 to 100, or by the quantisation `tables` of a file: 64 numbers for
+    grey images, 128 for colour. subsampling: of the chroma, 0 none (4:4:4), 1 across (4:2:2), 2 both ways (4:2:0)."""
 
-    linear = False
+    linear, cell = False, 8
 
-    def __init__(self, quality: int = 20):
+    def __init__(self, quality: int = 20, subsampling: int = 0, tables: tuple = ()):
         super().__init__()
-        require(1 <= quality <= 100, f"quality must be from 1 to 100, not {quality:g}")
-        self.quality = quality
-        tables = torch.tensor([[int(entry) for entry in t.split()] for t in (JPEG_LUMINANCE, JPEG_CHROMINANCE)])
-        percent = 5000 // quality if quality < 50 else 200 - 2 * quality
-        tables = ((tables * percent + 50) // 100).clamp(1, 255).float()
-        # dct[k, n] = 1/2 cos(pi k (n + 1/2) / 8), the row of k = 0 divided by sqrt(2)
-        k, n = torch.arange(8.0)[:, None], torch.arange(8.0)
-        dct = 0.5 * torch.cos(math.pi * k * (n + 0.5) / 8) * torch.where(k == 0, math.sqrt(0.5), 1)
-        # (Y, Cb, Cr) = ycbcr (R, G, B) + offset, of BT.601
-        ycbcr = torch.tensor([[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]])
-        offset = torch.tensor([0.0, 128, 128]).view(3, 1, 1)
-        for name, buffer in dict(tables=tables.view(2, 1, 1, 8, 8), dct=dct, ycbcr=ycbcr, offset=offset).items():
-            self.register_buffer(name, buffer, persistent=False)
+        require(1 <= quality <= 100 and 0 <= subsampling <= 2, "jpeg takes quality 1 to 100 and subsampling 0 to 2, not "
+                f"{quality:g} and {subsampling:g}")  # fmt: skip
+        require(len(tables) in (0, 64, 128) and all(1 <= q <= 255 for q in tables), "tables takes 64 or 128 numbers, 1 to 255")
+        self.quality, self.subsampling, self.tables = quality, subsampling, tuple(tables)
 
     def measure(self, x: Tensor, y: Tensor) -> Tensor:
-        B, C, H, W = x.shape
-        require(C in (1, 3), f"jpeg takes images of 1 or 3 channels, not {C}")
-        pixels = ((x + 2) * (255 / 4)).clamp(0, 255).round()
-        if C == 3:
-            pixels = (torch.einsum("ij,bjhw->bihw", self.ycbcr, pixels) + self.offset).round()
-        padded = F.pad(pixels - 128, [0, -W % 8, 0, -H % 8], mode="replicate")
-        blocks = padded.unfold(2, 8, 8).unfold(3, 8, 8)  # (B, C, H / 8, W / 8, 8, 8)
-        table = self.tables[[0, 1, 1][:C]]  # (C, 1, 1, 8, 8)
-        # As libjpeg does: coefficients in eighths, then the nearest multiple of the table's, the larger one of two as near
-        eighths = (8 * self.dct @ blocks @ self.dct.T).round()
-        coefficients = eighths.sign() * ((eighths.abs() / 8 / table) + 0.5).floor() * table
-        blocks = (self.dct.T @ coefficients @ self.dct + 128).clamp(0, 255).round()
-        pixels = blocks.transpose(3, 4).reshape(padded.shape)[..., :H, :W]  # (.., H / 8, 8, W / 8, 8) -> (.., H, W)
-        if C == 3:
-            pixels = torch.einsum("ij,bjhw->bihw", self.ycbcr.inverse(), pixels - self.offset).round().clamp(0, 255)
-        return y[:, -1:] * (pixels * (4 / 255) - 2)
+        from PIL import Image
+
+        require(x.shape[1] in (1, 3), f"jpeg takes images of 1 or 3 channels, not {x.shape[1]}")
+        how: dict = dict(subsampling=self.subsampling)
+        how |= dict(qtables=[self.tables[:64], self.tables[-64:]]) if self.tables else dict(quality=self.quality)
+        pixels, decoded = ((x + 2) * (255 / 4)).clamp(0, 255).round().byte().permute(0, 2, 3, 1), []
+        for image in pixels.cpu().numpy():  # (H, W, C)
+            file = io.BytesIO()
+            Image.fromarray(image.squeeze(-1) if x.shape[1] == 1 else image).save(file, "JPEG", **how)
+            decoded.append(np.atleast_3d(np.asarray(Image.open(file))))
+        value = torch.from_numpy(np.stack(decoded)).to(x.device).permute(0, 3, 1, 2)
+        return y[:, -1:] * (value * (4 / 255) - 2)
 
 
 class Projection(Corruption):
@@ -430,6 +405,13 @@ CORRUPTIONS = dict(mask=Mask, block=Block, blur=Blur, downsample=Downsample, noi
 def corrupt(x: Tensor, corruption: Corruption, generator: torch.Generator) -> Tensor:
     """The observations of a whole data set, in parts, lest memory grow."""
     return torch.cat([corruption(part, generator) for part in x.split(1024)])
+
+
+def hide(y: Tensor, share: Tensor, cell: int, generator: torch.Generator) -> Tensor:
+    """Observations y (B, C + 1, H, W) less a random share (B,) of their squares of cell x cell pixels."""
+    (B, _, H, W), share = y.shape, share.view(-1, 1, 1, 1)
+    squares = torch.rand(B, 1, -(-H // cell), -(-W // cell), generator=generator, device=y.device) >= share
+    return y * F.interpolate(squares.to(y.dtype), scale_factor=cell, mode="nearest")[..., :H, :W]
 
 
 # ---- Networks. TorchScript compiles them as they stand: hence one signature (x, emb) for every block ----------------
@@ -843,6 +825,9 @@ def batch_loss(state: State, corruption: Corruption, config: Config, generator: 
     y = corruption(x0, generator)
     blank = torch.rand(len(y), generator=generator, device=device) < config.blank
     y = y.masked_fill(blank.view(-1, *[1] * (y.ndim - 1)), 0)
+    if y.ndim == 4 and not corruption.hides:  # as many lose a part, for the sake of `judge`
+        share, some = torch.rand(2, len(y), generator=generator, device=device)
+        y = hide(y, share * (some < config.blank), corruption.cell, generator)
     sigma = random_noise_level(len(y), config, generator)
     state.denoiser.train()
     with torch_seeded_by(generator):  # for dropout
@@ -925,7 +910,7 @@ class Settings(Config):
     masks: str = setting("", "for observations: a folder of images named like them, black where a pixel is missing")
     preset: str = setting("small", "published: the paper's settings, the default on a GPU; small: for a CPU")
     data_dir: str = setting("data", "where data sets are kept; for folder: the images, at any depth")
-    image_size: int = setting(0, "for folder: crop the centre square and resize it to this; 0: leave images as they are")
+    image_size: int = setting(0, "for folder, celeba: crop the centre square and resize it to this; 0: leave images as they are")
     grey: bool = setting(False, "read images as grey")
     skip_bad_images: bool = setting(False, "go on without images that cannot be read")
     limit: int = setting(0, "train on so many images; 0: on all")
@@ -942,7 +927,7 @@ class Settings(Config):
                 "for images")  # fmt: skip
         require((self.dataset == "observations") == bool(self.observations), "--observations FOLDER is the data set")
         both = ["folder", "observations"]
-        own = {"image_size": ["folder"], "masks": ["observations"], "grey": both, "skip_bad_images": both}
+        own = {"image_size": ["folder", "celeba"], "masks": ["observations"], "grey": both, "skip_bad_images": both}
         for name, places in own.items():
             require(not getattr(self, name) or self.dataset in places, f"{name} is for --dataset {' or '.join(places)}")
 
@@ -963,9 +948,9 @@ PRESETS = {
     ("fashion_mnist", "small"): SMALL | dict(limit=10_000, flip=True),
     ("cifar10", "small"): SMALL | dict(limit=10_000, flip=True),
     ("cifar10", "published"): PUBLISHED | dict(channels=(128, 256, 384), attention=(1,), lr=2e-4, prior_rank=64),
-    ("celeba", "small"): SMALL | dict(channels=(16, 32, 64, 128), limit=10_000, flip=True),
+    ("celeba", "small"): SMALL | dict(channels=(16, 32, 64, 128), limit=10_000, flip=True, image_size=64),
     ("celeba", "published"): PUBLISHED | dict(
-        channels=(128, 256, 384, 512), blocks=3, attention=(3,), lr=1e-4, sample_batch=512, prior_rank=1024,
+        channels=(128, 256, 384, 512), blocks=3, attention=(3,), lr=1e-4, sample_batch=512, prior_rank=1024, image_size=64,
     ),
     ("folder", "small"): SMALL | dict(flip=True),
     ("observations", "small"): SMALL | dict(flip=True),
@@ -987,18 +972,16 @@ def load_data(settings: Settings) -> tuple[Tensor, Tensor]:
         t = torch.rand((settings.limit or SHAPES[name][1]) + held_out, generator=generator)
         return manifold(t[held_out:], settings.seed), manifold(t[:held_out], settings.seed)
     if name == "folder":
-        pixels = read_images(chosen(image_files(settings.data_dir), settings, generator), settings)
+        x0 = read_images(chosen(image_files(settings), settings, generator), settings)[:, :-1]
     elif name == "digits":
         from sklearn.datasets import load_digits
 
-        pixels = torch.from_numpy(load_digits().images * (255 / 16))[:, None]
+        x0 = torch.from_numpy(load_digits().images * (255 / 16))[:, None].float() * (4 / 255) - 2
     else:
-        pixels, test = torchvision_images(settings)
+        x0, test = torchvision_images(settings)
     if name in ("folder", "digits"):
-        pixels = pixels[torch.randperm(len(pixels), generator=generator)]
-        pixels, test = split(pixels, held_out)
-    order = torch.randperm(len(pixels), generator=generator)[: settings.limit or None]
-    return pixels[order].float() * (4 / 255) - 2, test[:held_out].float() * (4 / 255) - 2
+        x0, test = split(x0[torch.randperm(len(x0), generator=generator)], held_out)
+    return x0[torch.randperm(len(x0), generator=generator)[: settings.limit or None]], test[:held_out]
 
 
 def chosen(files: list[Path], settings: Settings, generator: torch.Generator) -> list[Path]:
@@ -1008,7 +991,8 @@ def chosen(files: list[Path], settings: Settings, generator: torch.Generator) ->
 
 
 def split(images: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
-    """Those to train on, and the first ones, which are held out."""
+    """Those to train on, and the first ones, which are held out (0: 5 %, but 256 if these are no more than a fifth)."""
+    held_out = held_out or max(len(images) // 20, min(256, len(images) // 5))
     require(len(images) > held_out, f"{len(images)} images are too few to hold out {held_out} (--held-out) and train on the rest")
     return images[held_out:], images[:held_out]
 
@@ -1043,81 +1027,100 @@ def torchvision_images(settings: Settings) -> tuple[Tensor, Tensor]:
     if name == "celeba":
         number = (settings.limit or len(parts[0]), settings.held_out)
         paths = [[Path(root, "celeba/img_align_celeba", file) for file in p.filename[:n]] for p, n in zip(parts, number)]
-        return tuple(read_images(p, replace(settings, dataset="folder", image_size=64), crop=140) for p in paths)
+        return tuple(read_images(files, settings)[:, :-1] for files in paths)
     pixels = [torch.as_tensor(part.data) for part in parts]
-    return tuple(p[:, None] if p.ndim == 3 else p.permute(0, 3, 1, 2) for p in pixels)
+    return tuple((p[:, None] if p.ndim == 3 else p.permute(0, 3, 1, 2)).float() * (4 / 255) - 2 for p in pixels)
 
 
-def image_files(root: str, flag: str = "--data-dir") -> list[Path]:
+def image_files(settings: Settings) -> list[Path]:
+    root, flag = (settings.observations, "--observations") if settings.observations else (settings.data_dir, "--data-dir")
     require(Path(root).is_dir(), f"no folder {root} ({flag})")
-    kinds = {".npy"} if flag == "--observations" else set()
-    kinds |= {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+    kinds = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+    kinds |= {".npy"} if settings.observations else set()
     files = sorted(path for path in Path(root).rglob("*") if path.suffix.lower() in kinds)
     require(len(files) > 0, f"no images in {root}")
     return files
 
 
-def read_all(files: list[Path], read, settings: Settings) -> Tensor:
-    """(N, H, W, C): what read(path) gives for each file, an array (H, W, C)."""
-    arrays = []
+def read_images(files: list[Path], settings: Settings) -> Tensor:
+    """(N, C + 1, H, W): values from -2 to 2, and a last channel that is 1 where a pixel is there; both 0 where it is not."""
+    images, number = torch.empty(0), 0
     for path in tqdm(files, desc="reading images", leave=False, disable=None):
         try:
-            array = read(path)
+            image = torch.from_numpy(read_array(path, settings) if path.suffix.lower() == ".npy" else read_image(path, settings))
+            known = image[..., -1:] * read_mask(path, settings)
         except Exception as error:  # Pillow and numpy raise many kinds
             require(settings.skip_bad_images, f"{path} cannot be read as an image ({error}); --skip-bad-images goes on without")
             continue
-        (H, W), (H0, W0) = array.shape[:2], (arrays or [array])[0].shape[:2]
+        image = torch.cat([known * (4 * image[..., :-1] - 2), known], 2).permute(2, 0, 1)  # (C + 1, H, W)
+        images = images if number else torch.empty(len(files), *image.shape)
+        (H, W), (H0, W0) = image.shape[1:], images.shape[2:]
         advice = "; --image-size N crops and resizes them" if settings.dataset == "folder" else ""
         require((H, W) == (H0, W0), f"images of mixed sizes: {path} has {W}x{H} pixels, others {W0}x{H0}{advice}")
-        arrays.append(array)
-    require(len(arrays) > 0, "none of the images can be read")
-    return torch.from_numpy(np.stack(arrays))
+        images[number] = image
+        number += 1
+    require(number > 0, "none of the images can be read")
+    return images[:number]
 
 
-def read_images(files: list[Path], settings: Settings, crop: int = 0) -> Tensor:
-    """(N, C, H, W), 0 to 255. Where image_size is set: the centre `crop` (0: the largest square), resized to it."""
+def read_image(path: Path, settings: Settings) -> np.ndarray:
+    """(H, W, C + 1), 0 to 1. Where image_size is set: the largest centre square (celeba: of 140 pixels), resized to it."""
     from PIL import Image
     from torchvision.transforms.functional import center_crop
 
-    def read(path: Path) -> np.ndarray:
-        with Image.open(path) as file:
-            image = file.convert("L" if settings.grey else "RGB")
-        if settings.image_size and image.size != (settings.image_size, settings.image_size):
-            size = (settings.image_size, settings.image_size)
-            image = center_crop(image, crop or min(image.size)).resize(size, Image.Resampling.LANCZOS)
-        return np.atleast_3d(np.asarray(image))
+    with Image.open(path) as file:
+        sixteen = file.mode.startswith("I")
+        image = file.copy() if sixteen else file.convert("LA" if settings.grey else "RGBA")
+    if settings.image_size and image.size != (settings.image_size, settings.image_size):
+        image = center_crop(image, 140 if settings.dataset == "celeba" else min(image.size))
+        image = image.resize((settings.image_size, settings.image_size), Image.Resampling.LANCZOS)
+    values = np.atleast_3d(np.asarray(image, np.float32)) / (65535 if sixteen else 255)
+    if sixteen:
+        return np.concatenate([values] * (1 if settings.grey else 3) + [np.ones_like(values)], 2)
+    # That a pixel is transparent says that it is missing, but not of images that are to be taken for clean
+    values[..., -1] = values[..., -1] > 0 if settings.observations else 1
+    return values
 
-    return read_all(files, read, settings).permute(0, 3, 1, 2)
+
+def read_array(path: Path, settings: Settings) -> np.ndarray:
+    """(H, W, C + 1) of an .npy of (H, W) or (H, W, C) numbers from 0 to 1, or NaN."""
+    values = np.atleast_3d(np.load(path, allow_pickle=False)).astype(np.float32)
+    known = np.isfinite(values).all(2, keepdims=True)
+    require(values.ndim == 3 and values.shape[2] == (1 if settings.grey else 3), f"an array {values.shape}")
+    require(bool(((values >= 0) & (values <= 1) | ~known).all()), "numbers must be from 0 to 1")
+    return np.concatenate([np.where(known, values, 0), known], 2, dtype=np.float32)
 
 
-def read_observations(settings: Settings) -> Tensor:
-    """y (N, C + 1, H, W) from a folder of images, of 8 or 16 bits, or arrays (H, W) or (H, W, C) of numbers from 0 to 1."""
+def read_mask(path: Path, settings: Settings) -> Tensor:
+    """(H, W, 1), or 1: the image of the same name in the folder of masks."""
     from PIL import Image
 
-    def read(path: Path) -> np.ndarray:
-        if path.suffix.lower() == ".npy":
-            values = np.atleast_3d(np.load(path, allow_pickle=False)).astype(np.float32)
-            known = np.isfinite(values).all(2, keepdims=True)
-            require(values.ndim == 3 and values.shape[2] == (1 if settings.grey else 3), f"an array {values.shape}")
-            require(bool(((values >= 0) & (values <= 1) | ~known).all()), "numbers must be from 0 to 1")
-        else:
-            with Image.open(path) as file:
-                sixteen = file.mode.startswith("I")
-                image = file.copy() if sixteen else file.convert("LA" if settings.grey else "RGBA")
-            values = np.atleast_3d(np.asarray(image, np.float32)) / (65535 if sixteen else 255)
-            known = np.ones_like(values[..., :1]) if sixteen else values[..., -1:] > 0
-            values = values.repeat(1 if settings.grey else 3, 2) if sixteen else values[..., :-1]
-        if settings.masks:
-            relative = path.relative_to(settings.observations).with_suffix("")
-            masks = [m for m in Path(settings.masks, relative.parent).glob(relative.name + ".*") if m.stem == relative.name]
-            require(len(masks) == 1, f"{len(masks)} masks {Path(settings.masks, relative)}.*")
-            with Image.open(masks[0]) as file:
-                known = known * (np.asarray(file.convert("L"))[..., None] > 127)
-        known = known.astype(np.float32)
-        return np.concatenate([np.where(known > 0, 4 * values - 2, 0), known], 2)
+    if not settings.masks:
+        return torch.tensor(1.0)
+    name = Path(settings.masks, path.relative_to(settings.observations).with_suffix(""))
+    files = [file for file in name.parent.glob(name.name + ".*") if file.stem == name.name]
+    require(len(files) == 1, f"{len(files)} masks {name}.*")
+    with Image.open(files[0]) as file:
+        return torch.from_numpy(np.asarray(file.convert("L"), np.float32)[..., None] > 127).float()
 
-    files = chosen(image_files(settings.observations, "--observations"), settings, generator_for("cpu", settings.seed, 0, 4))
-    return read_all(files, read, settings).permute(0, 3, 1, 2).contiguous()
+
+def jpeg_parameters(files: list[Path]) -> dict:
+    """The quantisation tables and the subsampling that the JPEG files among these were made with, the same for all."""
+    from PIL import Image, JpegImagePlugin
+
+    found = {}
+    for path in files:
+        try:
+            with Image.open(path) as file:
+                if file.format == "JPEG":
+                    tables = tuple(q for table in file.quantization.values() for q in table)
+                    found.setdefault((tables, max(0, JpegImagePlugin.get_sampling(file))), path)
+        except OSError:
+            continue  # it is named when it is read
+    require(len(found) > 0, "none of the observations is a JPEG file: give --quality")
+    require(len(found) == 1, "JPEG of different tables: " + ", ".join(map(str, found.values())) + ": give --quality, or sort them")
+    tables, subsampling = next(iter(found))
+    return dict(tables=tables, subsampling=subsampling)
 
 
 # ---- Metrics and pictures -------------------------------------------------------------------------------------------
@@ -1130,8 +1133,11 @@ def psnr(x: Tensor, x0: Tensor) -> float:
 
 def ssim(x: Tensor, x0: Tensor) -> float:
     """Structural similarity (Wang et al. 2004), by a Gaussian window of 1.5 pixels cut at 11x11, or at a small image."""
-    kernel = gaussian_kernel(1.5, min(5, (min(x.shape[-2:]) - 1) // 2)).to(x.device)
-    mean, mean0, xx, yy, xy = (separable_filter(v, kernel) for v in (x, x0, x * x, x0 * x0, x * x0))
+    from torchvision.transforms.functional import gaussian_blur
+
+    radius = min(5, (min(x.shape[-2:]) - 1) // 2)
+    blurred = (gaussian_blur(v, 2 * radius + 1, 1.5) for v in (x, x0, x * x, x0 * x0, x * x0))
+    mean, mean0, xx, yy, xy = (F.pad(v, [-radius] * 4) for v in blurred)  # where the window lies within the image
     c1, c2 = (0.01 * 4) ** 2, (0.03 * 4) ** 2
     luminance = (2 * mean * mean0 + c1) / (mean**2 + mean0**2 + c1)
     return float((luminance * (2 * (xy - mean * mean0) + c2) / (xx - mean**2 + yy - mean0**2 + c2)).mean())
@@ -1184,6 +1190,54 @@ def evaluate(state: State, y: Tensor, x0: Tensor | None, corruption: Corruption,
             level = torch.full(y.shape[:1], sigma, device=y.device)
             metrics[f"loss_{sigma:g}"] = float(denoising_loss(state.model, x[0], fresh, level, generator).mean())
     return metrics, samples
+
+
+@torch.no_grad()
+def judge(state: State, y: Tensor, corruption: Corruption, settings: Settings) -> tuple[dict, Tensor, Tensor]:
+    """Scores by held-out observations y (N, C + 1, H, W) alone, at a tenth of a lap's cost:
+
+    energy    E|X - v| - E|X - X'| / 2, a proper scoring rule, smaller is better: v are values hidden from the model, a
+              fifth of those observed, X and X' its predictions; root mean square over the values, mean over n images
+    covers    share of v within the central 50 % and 90 % of 19 predictions
+    frechet   proximal Frechet distance (Denoising Score Distillation, arXiv 2503.07578): of new images, corrupted, to the
+              observations, in these's principal components
+
+    and the energy of each image (n,) and the components (2, N, 32) of both, for `improvement`.
+    """
+    generator, draws, steps = generator_for(y.device, settings.seed, 0, 6), 19, 8  # the same noise for every lap
+
+    def draw(y: Tensor) -> Tensor:
+        if state.prior:
+            return state.prior.posterior(y, generator)
+        return torch.cat([sample(state.model, part, steps, "sde2m", generator) for part in y.split(state.sample_batch)])
+
+    lap = 3 * settings.steps * settings.batch + len(state.x0) * settings.sample_steps * ranks()[1]  # evaluations
+    number = min(len(y), max(16, int(0.09 * lap / steps - len(y)) // draws))
+    seen, rest = y[:number], hide(y[:number], torch.full((number,), 0.2, device=y.device), corruption.cell, generator)
+    hidden = seen[:, -1:] - rest[:, -1:]
+    x = draw(rest.repeat(draws, 1, 1, 1))
+    v, X = corruption.value(seen), corruption.value(corruption.observe(x, seen.repeat(draws, 1, 1, 1), generator))
+    X = X.view(draws, *v.shape)
+    below = (X < v).sum(0) + (X == v).sum(0) / 2
+    covers = [float((hidden * ((below >= k) & (below <= draws - k))).sum() / (hidden.sum() * v.shape[1])) for k in (5, 1)]
+    X, v = ((hidden * u).flatten(-3).transpose(0, -2) for u in (X, v[None]))  # (number, draws, C H W), (number, 1, C H W)
+    scale = (hidden.flatten(1).sum(1) * y.shape[1] - hidden.flatten(1).sum(1)).clamp_min(1).sqrt()
+    energy = torch.cdist(X, v).mean((1, 2)) - torch.cdist(X, X).sum((1, 2)) / (2 * draws * (draws - 1))
+    energy = (energy / scale)[hidden.flatten(1).any(1)]
+    new = state.prior.sample(len(y), generator) if state.prior else draw(torch.zeros_like(y))
+    sets = torch.stack([corruption.value(corruption(new, generator)), corruption.value(y)])
+    mean, U, _ = principal_components(sets[1], 32, generator)
+    sets = (sets - mean).flatten(2) @ F.normalize(U, dim=0)
+    scores = dict(energy=float(energy.mean()), covers_50=covers[0], covers_90=covers[1], frechet=float(frechet_distance(*sets)))
+    return scores, energy, sets
+
+
+def frechet_distance(x: Tensor, x0: Tensor) -> Tensor:
+    """|m - m0|^2 + tr(C + C0 - 2 (C C0)^(1/2)), of the means and covariances of x and x0, both (.., N, d)."""
+    (m, C), (m0, C0) = ((v.mean(-2), (v - v.mean(-2, keepdim=True))) for v in (x.double(), x0.double()))
+    C, C0 = (c.mT @ c / (c.shape[-2] - 1) for c in (C, C0))
+    root = torch.linalg.eigvals(C @ C0).real.clamp_min(0).sqrt().sum(-1)
+    return (m - m0).square().sum(-1) + (C + C0).diagonal(dim1=-2, dim2=-1).sum(-1) - 2 * root
 
 
 def picture_images(path: Path, y: Tensor, x0: Tensor | None, samples: dict, corruption: Corruption) -> None:
@@ -1362,6 +1416,11 @@ def make_parser() -> Parser:
     run.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     run.add_argument("--data-device", default="auto", help="where observations and reconstructions are kept: auto, cpu or cuda"
                      " (default: auto, the device where they take less than half of its memory, else cpu)")  # fmt: skip
+    run.add_argument("--evaluate", metavar="runs/NAME", help="in place of a run: samples of that one as PNG, and FID, IS, KID, "
+                     "precision, recall (by torch-fidelity), PSNR and SSIM")  # fmt: skip
+    run.add_argument("--reference", metavar="FOLDER", help="for --evaluate: clean images (default: the data set's own)")
+    run.add_argument("--num-samples", type=int, default=1000, help="for --evaluate: of each kind (default: 1000)")
+    run.add_argument("--inception-weights", metavar="FILE", help="for --evaluate: Inception's, where they cannot be downloaded")
     run.add_argument("--dry-run", action="store_true", help="print the settings, the size and the cost, and stop")
     for f in fields(Settings):
         if isinstance(f.default, bool):
@@ -1381,7 +1440,8 @@ def parse(argv: list[str]) -> tuple[Settings, dict]:
     """
     options, rest = make_parser().parse_known_args(argv)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(options).items()}
-    start = {name: given.pop(name) for name in ("device", "data_device", "name", "resume", "dry_run") if name in given}
+    of_start = "device data_device name resume dry_run evaluate reference num_samples inception_weights"
+    start = {name: given.pop(name) for name in of_start.split() if name in given}
     devices = start["device"], start["data_device"]
     for name in devices:
         require(name in ("auto", "cpu", "cuda"), f"unknown device {name!r}: auto, cpu or cuda")
@@ -1389,8 +1449,9 @@ def parse(argv: list[str]) -> tuple[Settings, dict]:
     start["device"] = "cuda" if torch.cuda.is_available() and start["device"] != "cpu" else "cpu"
     require("name" not in start or "resume" not in start, "--resume goes on in the run's own folder: no --name")
     saved = {}
-    if "resume" in start:
-        start["checkpoint"] = load_checkpoint(start["resume"])
+    folder = start.get("resume", start.get("evaluate"))
+    if folder:
+        start["checkpoint"] = load_checkpoint(folder)
         saved = asdict(start["checkpoint"]["settings"])
 
     if given.get("observations"):
@@ -1405,31 +1466,31 @@ def parse(argv: list[str]) -> tuple[Settings, dict]:
     corruption = corruption_class((values | given).get("corruption", "mask"), trusted="corruption" in given)
     own = Parser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for name, default in parameters_of(corruption).items():
-        own.add_argument("--" + name.replace("_", "-"), type=type(default))
-    preset_parameters = {k: v for k, v in values.get("parameters", {}).items() if k in parameters_of(corruption)}
-    given["parameters"] = parameters_of(corruption) | preset_parameters | vars(own.parse_args(rest))
+        kind = dict(type=int, nargs="*") if isinstance(default, tuple) else dict(type=type(default))
+        own.add_argument("--" + name.replace("_", "-"), **kind)
+    flags = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(own.parse_args(rest)).items()}
+    kept = {name: value for name, value in values.get("parameters", {}).items() if name in parameters_of(corruption)}
+    given["parameters"] = parameters_of(corruption) | kept | flags
+    if corruption is Jpeg and dataset == "observations" and not saved and "quality" not in flags:
+        given["parameters"] |= jpeg_parameters(image_files(Settings(**values | given)))
     for name in saved.keys() - {"laps", "data_dir", "observations", "masks"}:
         now = given.get(name, saved[name])
-        require(now == saved[name], f"{start['resume']} was made with {name} {saved[name]}, not {now}")
+        require(now == saved[name], f"{folder} was made with {name} {saved[name]}, not {now}")
     return Settings(**values | given), start
 
 
 def describe(parameters: dict) -> str:
-    return "(" + ", ".join(f"{name}={value}" for name, value in parameters.items()) + ")"
+    return "(" + ", ".join(f"{name}={str(value)[:40]}" for name, value in parameters.items() if value != ()) + ")"
 
 
-def shape_and_number(settings: Settings) -> tuple[list, int]:
-    """Of the images that a run trains on, as far as can be told without reading them."""
-    if settings.dataset == "folder":
-        files = image_files(settings.data_dir)
-        shape, number = list(read_images(files[:1], settings).shape[1:]), len(files)
-    elif settings.dataset == "observations":
-        y = read_observations(settings)
-        shape, number = [y.shape[1] - 1, *y.shape[2:]], len(y)
-    else:
-        shape, number = SHAPES[settings.dataset]
-    number -= settings.held_out if settings.dataset in ("digits", "folder", "observations") else 0  # the others have a test set
-    return shape, min(number, settings.limit or number)
+def shape_and_number(settings: Settings, corruption: Corruption) -> tuple[list, int]:
+    """Of the images that a run trains on: of named data sets without reading them."""
+    if settings.dataset not in SHAPES:
+        y, _, _ = observe(settings, corruption)
+        return corruption.clean_shape(y)[1:], len(y)
+    (channels, *size), number = SHAPES[settings.dataset]
+    number -= settings.held_out if settings.dataset == "digits" else 0  # the others have a test set
+    return [channels, *([settings.image_size] * 2 if settings.image_size else size)], min(number, settings.limit or number)
 
 
 def work_before(lap: int, settings: Settings, number: int) -> int:
@@ -1565,8 +1626,10 @@ def train(y: Tensor, data: str, held_out: tuple, corruption: Corruption, setting
 def run(argv: list[str]) -> int:
     settings, start = parse(argv)
     device, corruption = start["device"], corruption_class(settings.corruption)(**settings.parameters)
+    if "evaluate" in start:
+        return evaluate_run(settings, start, corruption)
     if "dry_run" in start:
-        shape, number = shape_and_number(settings)
+        shape, number = shape_and_number(settings, corruption)
         parameters, flops, size = cost(settings, corruption, shape, number)
         print(json.dumps(asdict(settings), indent=1))
         print(f"{number} observations of {'x'.join(map(str, shape))}, a network of {parameters / 1e6:.2f} M parameters")
@@ -1576,7 +1639,7 @@ def run(argv: list[str]) -> int:
         return 0
     if (settings.dataset, "published") in PRESETS and settings.preset == "small" and device == "cpu" and "resume" not in start:
         published, _ = parse(argv + ["--preset", "published"])
-        days = cost(published, corruption, *shape_and_number(published))[1] / flops_a_second() / 86400
+        days = cost(published, corruption, *shape_and_number(published, corruption))[1] / flops_a_second() / 86400
         print(f"no GPU, so the small preset: the published one would take at least {days:.0f} days here (--preset published)")
     return observe_and_train(settings, start, corruption)
 
@@ -1587,7 +1650,7 @@ def observe(settings: Settings, corruption: Corruption) -> tuple[Tensor, Tensor,
         x0, x0_held_out = load_data(settings)  # nobody sees x0 but here
         generator = generator_for("cpu", settings.seed, 0, 0)
         return corrupt(x0, corruption, generator), corrupt(x0_held_out, corruption, generator), x0_held_out
-    y = read_observations(settings)
+    y = read_images(chosen(image_files(settings), settings, generator_for("cpu", settings.seed, 0, 4)), settings)
     if isinstance(corruption, Downsample):
         y = F.interpolate(y, scale_factor=corruption.factor, mode="nearest")
     y, held_out = split(y, settings.held_out)
@@ -1621,6 +1684,73 @@ def observe_and_train(settings: Settings, start: dict, corruption: Corruption) -
         corruption.masks = corruption.masks.to(device)
     truth = None if x0_held_out is None else x0_held_out.to(device)
     return train(y, data, (y_held_out.to(device), truth), corruption, settings, folder, start, state)
+
+
+def write_images(folder: Path, x: Tensor) -> None:
+    """x (N, C, H, W) in [-2, 2] as 00000.png, 00001.png, .. in a folder that holds nothing else."""
+    from PIL import Image
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    pixels = ((x.clamp(-2, 2) + 2) * (255 / 4)).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (N, H, W, C)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image.squeeze(-1) if x.shape[1] == 1 else image).save(folder / f"{i:05d}.png")
+
+
+def fidelity(folder: Path, reference: Path, start: dict) -> dict:
+    """FID, IS, KID, precision and recall of a folder of images, by torch-fidelity."""
+    try:
+        from torch_fidelity import calculate_metrics
+    except ImportError as error:
+        raise DiffEMError("FID and its kin need torch-fidelity: pip install torch-fidelity") from error
+    number = min(len(list(path.iterdir())) for path in (folder, reference))
+    try:
+        metrics = calculate_metrics(
+            input1=str(folder), input2=str(reference), cuda=start["device"] == "cuda", isc=True, fid=True, kid=True, prc=True,
+            kid_subset_size=min(1000, number), feature_extractor="inception-v3-compat", feature_layer_prc="2048",
+            feature_extractor_weights_path=start.get("inception_weights"), verbose=False, cache=False, save_cpu_ram=True,
+        )  # fmt: skip
+    except Exception as error:  # of the download, of the weights, of torch-fidelity
+        reason = " ".join(str(error).split())[:200]
+        raise DiffEMError(f"torch-fidelity fails ({reason}); Inception's weights may be given as --inception-weights FILE") from error
+    names = dict(frechet_inception_distance="FID", inception_score_mean="IS", kernel_inception_distance_mean="KID",
+                 precision="precision", recall="recall")  # fmt: skip
+    return {short: metrics[name] for name, short in names.items()}
+
+
+def evaluate_run(settings: Settings, start: dict, corruption: Corruption) -> int:
+    """Writes posterior and prior samples of a run as PNG, and prints the standard metrics of them."""
+    folder, device, number = Path(start["evaluate"]), start["device"], start["num_samples"]
+    require(settings.dataset != "manifold" and number >= 2, "--evaluate takes a run on images, and 2 samples or more")
+    model = restore_state(start["checkpoint"], corruption, settings, device).model
+    y, held_out, truth = observe(settings, corruption)
+    y, generator = torch.cat([held_out, y])[:number], generator_for(device, settings.seed, 0, 7)
+
+    def draw(y: Tensor) -> Tensor:
+        parts = tqdm(y.split(settings.sample_batch), desc="sampling", leave=False, disable=None)
+        return torch.cat([sample(model, p.to(device), settings.sample_steps, settings.method, generator).cpu() for p in parts])
+
+    sets = dict(posterior=draw(y), prior=draw(torch.zeros_like(y[:1]).expand(number, -1, -1, -1)))
+    for name, x in sets.items():
+        write_images(folder / "samples" / name, x)
+        print(f"{folder}/samples/{name}: {len(x)} images")
+    if truth is not None:
+        x, truth = (v[: min(len(truth), number)] for v in (sets["posterior"], truth))
+        print(f"posterior, {len(x)} held-out images: PSNR {psnr(x, truth):.2f} dB, SSIM {ssim(x, truth):.3f}")
+    if "reference" in start:
+        (H, W), own = y.shape[-2:], dict(dataset="folder", observations="", masks="", data_dir=start["reference"])
+        like = replace(settings, **own, image_size=H if H == W else 0)
+        reference = read_images(image_files(like), like)[:, :-1]
+    elif truth is not None:
+        reference = load_data(settings)[0]
+    else:
+        print("FID and its kin need clean images to compare with: --reference FOLDER")
+        return 0
+    write_images(folder / "samples" / "reference", reference)
+    for name in sets:
+        metrics = fidelity(folder / "samples" / name, folder / "samples" / "reference", start)
+        print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+    return 0
 
 
 @contextmanager

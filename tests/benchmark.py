@@ -357,17 +357,16 @@ def compare_samplers(options: argparse.Namespace) -> None:
         y, observed = (corruption(v, generator) for v in (x0, truth))
         model, rows = diffem.fit(y, corruption, settings_digits), []
         features = principal_features(x0)
-        clean = moments(features, x0)
         for method, steps in jobs:
             generator = diffem.generator_for("cpu", 0, 7)
             samples = torch.stack([diffem.sample(model, observed, steps, method, generator) for _ in range(options.seeds)])
-            distances = [frechet_distance(moments(features, x), clean) for x in samples]
+            distances = [frechet(features, x, x0) for x in samples]
             rows.append({"method": method, "evaluations": steps, "PSNR": diffem.psnr(samples[0], truth),
                          "PSNR of the mean": diffem.psnr(samples.mean(0), truth),
                          "spread": float(samples.std(0).square().mean().sqrt()),
                          "Frechet": float(np.mean(distances)), "+-": float(np.std(distances))})  # fmt: skip
             bar.update()
-        floor = frechet_distance(moments(features, truth), clean)
+        floor = frechet(features, truth, x0)
         table(f"Samplers on digits, Frechet distance of the truth {floor:.2f}", rows, settings)
 
 
@@ -485,12 +484,12 @@ def compare_on_manifold(options: argparse.Namespace) -> None:
 
 def read_classes(options: argparse.Namespace) -> tuple[torch.Tensor, torch.Tensor]:
     """Images (N, 3, H, W) in [-2, 2] and their classes (N,), the names of their folders, in a random order."""
-    files = diffem.image_files(options.data_dir)
+    settings = diffem.Settings(dataset="folder", data_dir=options.data_dir)
+    files = diffem.image_files(settings)
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[: options.images + 1000]
     files = [files[i] for i in order]
     names = sorted({file.parent.name for file in files})
-    pixels = diffem.read_images(files, diffem.Settings(dataset="folder"))
-    return pixels.float() * (4 / 255) - 2, torch.tensor([names.index(file.parent.name) for file in files])
+    return diffem.read_images(files, settings)[:, :-1], torch.tensor([names.index(file.parent.name) for file in files])
 
 
 def train_classifier(x0: torch.Tensor, classes: torch.Tensor) -> torch.nn.Module:
@@ -516,17 +515,10 @@ def train_classifier(x0: torch.Tensor, classes: torch.Tensor) -> torch.nn.Module
 
 
 @torch.no_grad()
-def moments(features: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and covariance of the features of a set of images."""
-    f = torch.cat([features(part.clamp(-2, 2)) for part in x.split(500)]).double()
-    return f.mean(0), torch.cov(f.T)
-
-
-def frechet_distance(a: tuple, b: tuple) -> float:
-    """|m - m0|^2 + tr(C + C0 - 2 (C C0)^(1/2)), of the moments of two sets of images."""
-    (m, C), (m0, C0) = a, b
-    root = torch.linalg.eigvals(C @ C0).real.clamp_min(0).sqrt().sum()
-    return float((m - m0).square().sum() + C.trace() + C0.trace() - 2 * root)
+def frechet(features, x: torch.Tensor, x0: torch.Tensor) -> float:
+    """The Frechet distance of two sets of images in these features."""
+    f, f0 = (torch.cat([features(part.clamp(-2, 2)) for part in images.split(500)]) for images in (x, x0))
+    return float(diffem.frechet_distance(f, f0))
 
 
 def train_on_images(name: str, y: torch.Tensor, corruption: diffem.Corruption, config: diffem.Settings, seconds: int, bar: tqdm):
@@ -558,7 +550,6 @@ def compare_on_images(options: argparse.Namespace) -> None:
     x, classes = read_classes(options)
     x0, truth = x[:-1000], x[-1000:][: options.held_out]
     features, rows = train_classifier(x0, classes[:-1000]), []
-    clean = moments(features, x0)
     with tqdm(total=total, unit="CPU-s", mininterval=5) as bar:
         for (kind, *numbers), name in jobs:
             corruption = diffem.CORRUPTIONS[kind](*(float(number) if "." in number else int(number) for number in numbers))
@@ -579,14 +570,14 @@ def compare_on_images(options: argparse.Namespace) -> None:
                 "corruption": " ".join([kind, *numbers]), "method": name, "lap": lap, "PSNR": diffem.psnr(samples[0], truth),
                 "PSNR of the mean": diffem.psnr(mean, truth), "SSIM": diffem.ssim(samples[0], truth),
                 "SSIM of the mean": diffem.ssim(mean, truth), "spread": float(samples.std(0).square().mean().sqrt()),
-                "Frechet, posterior": frechet_distance(moments(features, samples[0]), clean),
+                "Frechet, posterior": frechet(features, samples[0], x0),
                 "64 evaluations: PSNR": diffem.psnr(fine, truth),
-                "Frechet, 64 evaluations": frechet_distance(moments(features, fine), clean),
-                "Frechet, prior": frechet_distance(moments(features, new), clean),
+                "Frechet, 64 evaluations": frechet(features, fine, x0),
+                "Frechet, prior": frechet(features, new, x0),
                 "samples a CPU-second": speed,
             })  # fmt: skip
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    floor = frechet_distance(moments(features, truth), clean)
+    floor = frechet(features, truth, x0)
     table(f"Images, {options.seconds} CPU-seconds each, Frechet distance of the held-out truth itself {floor:.2f}", rows,
           {key: value for key, value in vars(options).items() if key != "function"})  # fmt: skip
 

@@ -199,6 +199,43 @@ def test_readme_example(tmp_path):
         assert done.returncode == 0, done.stderr
 
 
+def fake_fidelity(input1, input2, **options):
+    """torch-fidelity as far as it is used: its FID says how many images it was given."""
+    sizes = [{Image.open(path).size for path in Path(folder).iterdir()} for folder in (input1, input2)]
+    assert sizes[0] == sizes[1] and options["kid_subset_size"] <= 30
+    if options["feature_extractor_weights_path"] is None:
+        raise OSError("no\ninternet")
+    number = len(list(Path(input1).iterdir())) + 1000 * len(list(Path(input2).iterdir()))
+    keys = ("inception_score_mean", "kernel_inception_distance_mean", "precision", "recall")
+    return {"frechet_inception_distance": number, **dict.fromkeys(keys, 0.5)}
+
+
+def test_evaluation_of_a_run(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = [*SMALL, "--dataset", "folder", "--data-dir", str(photos), "--image-size", "8", "--name", "one"]
+    assert diffem.main(flags) == 0
+    evaluation = ["--evaluate", "runs/one", "--num-samples", "30"]
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    capsys.readouterr()
+    assert diffem.main(evaluation) == 2
+    out, err = capsys.readouterr()
+    assert re.search(r"12 held-out images: PSNR \d+\.\d+ dB, SSIM", out)
+    assert err == "diffem: FID and its kin need torch-fidelity: pip install torch-fidelity\n"
+    for kind in ("posterior", "prior"):
+        files = sorted((tmp_path / "runs/one/samples" / kind).iterdir())
+        assert len(files) == 30 and Image.open(files[-1]).size == (8, 8)
+    monkeypatch.setitem(sys.modules, "torch_fidelity", type("module", (), {"calculate_metrics": staticmethod(fake_fidelity)}))
+    assert diffem.main(evaluation) == 2
+    assert "no internet" in (err := capsys.readouterr().err) and "--inception-weights" in err and err.count("\n") == 1
+    weights = ["--inception-weights", "weights.pt"]
+    assert diffem.main([*evaluation, *weights]) == 0  # against the 40 images that it was trained to restore
+    assert "posterior: FID 4.003e+04, IS 0.5, KID 0.5, precision 0.5, recall 0.5" in capsys.readouterr().out
+    assert diffem.main([*evaluation, *weights, "--reference", str(photos / "class0")]) == 0
+    assert "prior: FID 2.003e+04" in capsys.readouterr().out
+    assert "nowhere" in fails([*evaluation, "--reference", "nowhere"], tmp_path, monkeypatch, capsys)
+    assert "no checkpoint" in fails(["--evaluate", "runs/two"], tmp_path, monkeypatch, capsys)
+
+
 # ---- Bad input: one line, exit code 2
 
 

@@ -25,6 +25,11 @@ def settings(folder, **others):
     return Settings(dataset="observations", observations=str(folder), held_out=1, **others)
 
 
+def read(settings):
+    files = diffem.chosen(diffem.image_files(settings), settings, diffem.generator_for("cpu", 0, 0, 4))
+    return diffem.read_images(files, settings)
+
+
 def pixels(number=40, channels=3):
     """Images of four squares of one colour, and masks of whole columns."""
     generator = np.random.default_rng(0)
@@ -55,13 +60,13 @@ def test_transparent_pixels_nan_and_masks_say_the_same(tmp_path):
     expected = torch.cat([x * k, k], 1)[order]
     masks = dict(masks=str(tmp_path / "masks"))
     for folder, others in (("alpha", {}), ("arrays", {}), ("plain", masks)):
-        torch.testing.assert_close(diffem.read_observations(settings(tmp_path / folder, **others)), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(read(settings(tmp_path / folder, **others)), expected, atol=1e-5, rtol=0)
 
 
 def test_grey_of_16_bits(tmp_path):
     array = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
     Image.fromarray(array).save(tmp_path / "a.png")
-    y = diffem.read_observations(settings(tmp_path, grey=True))
+    y = read(settings(tmp_path, grey=True))
     assert y.shape == (1, 2, 8, 8)
     torch.testing.assert_close(y[0, 0], torch.from_numpy(array / 65535 * 4 - 2).float(), atol=1e-6, rtol=0)
 
@@ -85,6 +90,27 @@ def test_a_smaller_image_is_an_observation_of_a_larger_one(tmp_path):
     corruption = Blur()
     diffem.observe(settings(tmp_path), corruption)
     assert corruption.masks is None
+
+
+def test_jpeg_observations_bring_their_tables(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    for i, value in enumerate(pixels()[0]):
+        Image.fromarray(value).save(tmp_path / "in" / f"{i}.jpg", quality=30, subsampling=2)
+    flags = ["--observations", "in", "--corruption", "jpeg", *FLAGS]
+    assert diffem.main(flags) == 0
+    saved = json.loads((tmp_path / "runs/own/config.json").read_text())["parameters"]
+    assert saved["subsampling"] == 2 and saved["tables"][:3] == [27, 18, 17]  # 16, 11, 10 by 50 / 30, rounded
+    assert diffem.main(["--resume", "runs/own", "--laps", "2"]) == 0
+    Image.fromarray(value).save(tmp_path / "in" / "0.jpg", quality=50)
+    capsys.readouterr()
+    assert diffem.main(flags) == 2
+    assert re.search(r"JPEG of different tables: in/0.jpg, in/1.jpg", capsys.readouterr().err)
+    for path in (tmp_path / "in").iterdir():
+        Image.open(path).save(path.with_suffix(".png"))
+        path.unlink()
+    assert diffem.main(flags) == 2
+    assert "give --quality" in capsys.readouterr().err
 
 
 def script(*arguments, cwd):
@@ -149,4 +175,4 @@ def test_bad_observations(change, arguments, message, tmp_path, monkeypatch, cap
 def test_a_broken_file_is_skipped_where_that_is_asked_for(tmp_path):
     write_transparent(tmp_path / "in", 20)
     spoil(tmp_path / "in")
-    assert len(diffem.read_observations(settings(tmp_path / "in", skip_bad_images=True))) == 19
+    assert len(read(settings(tmp_path / "in", skip_bad_images=True))) == 19
