@@ -180,7 +180,6 @@ class Corruption(nn.Module):
     masks = None  # (K, 1, H, W), where there are observed ones to draw from in place of `mask`
     cell = 1  # side of the squares of pixels that are measured together
 
-    @property
     def hides(self) -> bool:
         """Can pixels be missing?"""
         return self.masks is not None or type(self).mask is not Corruption.mask
@@ -825,7 +824,7 @@ def batch_loss(state: State, corruption: Corruption, config: Config, generator: 
     y = corruption(x0, generator)
     blank = torch.rand(len(y), generator=generator, device=device) < config.blank
     y = y.masked_fill(blank.view(-1, *[1] * (y.ndim - 1)), 0)
-    if y.ndim == 4 and not corruption.hides:  # as many lose a part, for the sake of `judge`
+    if y.ndim == 4 and not corruption.hides():  # as many lose a part, for the sake of `judge`
         share, some = torch.rand(2, len(y), generator=generator, device=device)
         y = hide(y, share * (some < config.blank), corruption.cell, generator)
     sigma = random_noise_level(len(y), config, generator)
@@ -914,14 +913,18 @@ class Settings(Config):
     grey: bool = setting(False, "read images as grey")
     skip_bad_images: bool = setting(False, "go on without images that cannot be read")
     limit: int = setting(0, "train on so many images; 0: on all")
-    held_out: int = setting(256, "images held out for the metrics")
+    held_out: int = setting(256, "images held out for the metrics; of folder, observations: 0 for a twentieth, but 256 where there are "
+                            "many")  # fmt: skip
     samples: int = setting(8, "posterior samples of each held-out image, for the mean and the spread")
+    patience: int = setting(0, "stop after so many laps that are no better than the best one, beyond the scores' own error; 0: "
+                            "never, for the learning rate that falls in the second half mends much")  # fmt: skip
     corruption: str = setting("mask", "one of the list below, or path/to/file.py:ClassName")
     parameters: dict = field(default_factory=dict)  # of the corruption
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.held_out >= 1 and self.samples >= 2 and self.limit >= 0, "held_out takes 1 or more, samples 2, limit 0")
+        few = min(self.held_out - (self.dataset not in ("folder", "observations")), self.samples - 2, self.limit, self.patience)
+        require(few >= 0, "held_out takes 1 or more (folder, observations: or 0), samples 2, limit and patience 0")
         require((self.dataset == "manifold") == (self.corruption == "projection"),
                 f"the corruption {self.corruption} does not go with {self.dataset}: projection is for vectors, all else "
                 "for images")  # fmt: skip
@@ -953,7 +956,7 @@ PRESETS = {
         channels=(128, 256, 384, 512), blocks=3, attention=(3,), lr=1e-4, sample_batch=512, prior_rank=1024, image_size=64,
     ),
     ("folder", "small"): SMALL | dict(flip=True),
-    ("observations", "small"): SMALL | dict(flip=True),
+    ("observations", "small"): SMALL | dict(flip=True, held_out=0),
 }  # fmt: skip
 SHAPES = {  # of one x0, and how many there are
     "digits": ([1, 8, 8], 1797), "manifold": ([5], 16384), "mnist": ([1, 28, 28], 60_000),
@@ -1193,43 +1196,60 @@ def evaluate(state: State, y: Tensor, x0: Tensor | None, corruption: Corruption,
 
 
 @torch.no_grad()
-def judge(state: State, y: Tensor, corruption: Corruption, settings: Settings) -> tuple[dict, Tensor, Tensor]:
-    """Scores by held-out observations y (N, C + 1, H, W) alone, at a tenth of a lap's cost:
+def judge(state: State, y: Tensor, corruption: Corruption, settings: Settings) -> tuple[dict, dict]:
+    """Scores by held-out observations y (N, C + 1, H, W) alone, at about a tenth of a lap's cost:
 
     energy    E|X - v| - E|X - X'| / 2, a proper scoring rule, smaller is better: v are values hidden from the model, a
               fifth of those observed, X and X' its predictions; root mean square over the values, mean over n images
-    covers    share of v within the central 50 % and 90 % of 19 predictions
-    frechet   proximal Frechet distance (Denoising Score Distillation, arXiv 2503.07578): of new images, corrupted, to the
-              observations, in these's principal components
+    covers_*  share of v within the central 50 and 90 % of 19 predictions
+    frechet   proximal Frechet distance (Denoising Score Distillation, arXiv 2503.07578): of new images, corrupted, from the
+              observations, in the principal components of these
 
-    and the energy of each image (n,) and the components (2, N, 32) of both, for `improvement`.
+    and what they were taken from, for `gain`: the energy of each image (n,), the components of both sets (2, N, d).
     """
-    generator, draws, steps = generator_for(y.device, settings.seed, 0, 6), 19, 8  # the same noise for every lap
+    generator, steps, draws = generator_for(y.device, settings.seed, 0, 6), 8, 19  # the same noise for every lap
 
     def draw(y: Tensor) -> Tensor:
         if state.prior:
             return state.prior.posterior(y, generator)
         return torch.cat([sample(state.model, part, steps, "sde2m", generator) for part in y.split(state.sample_batch)])
 
-    lap = 3 * settings.steps * settings.batch + len(state.x0) * settings.sample_steps * ranks()[1]  # evaluations
-    number = min(len(y), max(16, int(0.09 * lap / steps - len(y)) // draws))
-    seen, rest = y[:number], hide(y[:number], torch.full((number,), 0.2, device=y.device), corruption.cell, generator)
-    hidden = seen[:, -1:] - rest[:, -1:]
+    lap = 3 * settings.steps * settings.batch + len(state.x0) * ranks()[1] * settings.sample_steps  # evaluations
+    number = min(len(y), max(16, int(0.1 * lap / steps - len(y)) // draws))
+    seen, share = y[:number], torch.full((number,), 0.2, device=y.device)
+    rest = hide(seen, share, corruption.cell, generator)
+    hidden = seen[:, -1:] - rest[:, -1:]  # (n, 1, H, W)
     x = draw(rest.repeat(draws, 1, 1, 1))
     v, X = corruption.value(seen), corruption.value(corruption.observe(x, seen.repeat(draws, 1, 1, 1), generator))
     X = X.view(draws, *v.shape)
-    below = (X < v).sum(0) + (X == v).sum(0) / 2
-    covers = [float((hidden * ((below >= k) & (below <= draws - k))).sum() / (hidden.sum() * v.shape[1])) for k in (5, 1)]
-    X, v = ((hidden * u).flatten(-3).transpose(0, -2) for u in (X, v[None]))  # (number, draws, C H W), (number, 1, C H W)
-    scale = (hidden.flatten(1).sum(1) * y.shape[1] - hidden.flatten(1).sum(1)).clamp_min(1).sqrt()
+    values = (hidden.flatten(1).sum(1) * v.shape[1]).clamp_min(1)  # (n,): how many are hidden
+    rank = (X < v).sum(0) + (X == v).sum(0) / 2  # 0 .. draws
+    inside = {50: (rank >= 5) & (rank <= 14), 90: (rank >= 1) & (rank <= 18)}
+    scores = {f"covers_{percent}": float((hidden * within).sum() / values.sum()) for percent, within in inside.items()}
+
+    X, v = ((hidden * u).flatten(2).transpose(0, 1) for u in (X, v[None]))  # (n, draws, C H W), (n, 1, C H W)
     energy = torch.cdist(X, v).mean((1, 2)) - torch.cdist(X, X).sum((1, 2)) / (2 * draws * (draws - 1))
-    energy = (energy / scale)[hidden.flatten(1).any(1)]
+    energy = (energy / values.sqrt())[hidden.flatten(1).any(1)]
     new = state.prior.sample(len(y), generator) if state.prior else draw(torch.zeros_like(y))
-    sets = torch.stack([corruption.value(corruption(new, generator)), corruption.value(y)])
-    mean, U, _ = principal_components(sets[1], 32, generator)
-    sets = (sets - mean).flatten(2) @ F.normalize(U, dim=0)
-    scores = dict(energy=float(energy.mean()), covers_50=covers[0], covers_90=covers[1], frechet=float(frechet_distance(*sets)))
-    return scores, energy, sets
+    mean, U, _ = principal_components(corruption.value(y), 32, generator)
+    sets = torch.stack([corruption.value(corruption(new, generator)), corruption.value(y)]) - mean
+    sets = sets.flatten(2) @ F.normalize(U, dim=0)
+    scores |= dict(energy=float(energy.mean()), frechet=float(frechet_distance(*sets)))
+    return scores, dict(energy=energy, sets=sets)
+
+
+def gain(after: dict, before: dict, generator: torch.Generator) -> tuple[float, float]:
+    """By how much `judge` finds a lap better than another, log(energy frechet), and the bootstrap error of that."""
+
+    def total(parts: dict, images: Tensor, pairs: Tensor) -> Tensor:
+        new, observed = parts["sets"][:, pairs]  # (R, N, d)
+        return (parts["energy"][images].mean(1) * frechet_distance(new, observed)).log()
+
+    n, N = len(after["energy"]), after["sets"].shape[1]
+    images, pairs = (torch.randint(k, (64, k), generator=generator, device=generator.device) for k in (n, N))
+    images[0], pairs[0] = torch.arange(n), torch.arange(N)  # the scores themselves
+    gains = total(before, images, pairs) - total(after, images, pairs)
+    return float(gains[0]), float(gains[1:].std())
 
 
 def frechet_distance(x: Tensor, x0: Tensor) -> Tensor:
@@ -1278,29 +1298,30 @@ def picture_curves(path: Path, history: list[dict]) -> None:
     from matplotlib.figure import Figure
 
     names = history[-1].keys()
-    panels = [[k for k in names if k in ("psnr", "psnr_mean", "wasserstein", "to_curve")], [k for k in names if "loss_" in k]]
-    figure = Figure((10, 4), layout="constrained")
-    for axis, keys in zip(figure.subplots(1, 2), panels):
+    groups = [("psnr", "psnr_mean", "wasserstein", "to_curve"), ("energy", "frechet", "spread", "covers_90")]
+    panels = [[k for k in names if k in group] for group in groups] + [[k for k in names if "loss_" in k]]
+    panels = [keys for keys in panels if keys]
+    figure = Figure((5 * len(panels), 4), layout="constrained")
+    for axis, keys in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for key in keys:
             axis.plot(*zip(*[(line["lap"], line[key]) for line in history if key in line]), "o-", label=key)
-        axis.set_xlabel("lap")
-        if keys:
-            axis.legend()
+        axis.set(xlabel="lap", yscale="log" if "energy" in keys else "linear")
+        axis.legend()
     figure.savefig(path, dpi=100)
 
 
 # ---- The run folder: config.json, checkpoint.pt, metrics.jsonl, lap_NN.png, curves.png -------------------------------
 
 
-def save_checkpoint(folder: Path, state: State, settings: Settings, data: str) -> None:
+def save_checkpoint(folder: Path, state: State, settings: Settings, data: str, best: dict | None = None) -> None:
     """Writes checkpoint.pt, of tensors and plain types alone; a failure leaves the one before whole. Under torchrun all
-    processes must call it together, before or after an E-step, and the first one writes."""
+    processes must call it together, before or after an E-step, and the first one writes. best: the lap to sample from."""
     state.check()
     x0 = gathered(state.x0)
     if ranks()[0] > 0:
         return
     checkpoint = dict(
-        settings=asdict(settings), data=data, y_shape=state.denoiser.y_shape, lap=state.lap, step=state.step,
+        settings=asdict(settings), data=data, best=best, y_shape=state.denoiser.y_shape, lap=state.lap, step=state.step,
         drawn=len(x0) if state.drawn == len(state.x0) else state.drawn, x0=x0, losses=state.losses,
         denoiser=state.denoiser.state_dict(), average=state.average.state_dict(), optimizer=state.optimizer.state_dict(),
     )  # fmt: skip
@@ -1358,12 +1379,18 @@ def restore_state(checkpoint: dict, corruption: Corruption, config: Config, devi
     return state
 
 
+def best_model(checkpoint: dict, corruption: Corruption, device="cpu") -> Denoiser:
+    """The model of the lap that was best by held-out observations, or else of the last one."""
+    best = checkpoint.get("best")
+    return restore_state(checkpoint | (best["model"] if best else {}), corruption, checkpoint["settings"], device).model
+
+
 def load(folder: str | Path, device="cpu", corruption: Corruption | None = None) -> Denoiser:
     """The trained model of a run folder, for `sample`. A corruption of your own must be given."""
     checkpoint = load_checkpoint(folder)
     settings = checkpoint["settings"]
     corruption = corruption or corruption_class(settings.corruption, trusted=False)(**settings.parameters)
-    return restore_state(checkpoint, corruption, settings, device).model
+    return best_model(checkpoint, corruption, device)
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -1473,7 +1500,7 @@ def parse(argv: list[str]) -> tuple[Settings, dict]:
     given["parameters"] = parameters_of(corruption) | kept | flags
     if corruption is Jpeg and dataset == "observations" and not saved and "quality" not in flags:
         given["parameters"] |= jpeg_parameters(image_files(Settings(**values | given)))
-    for name in saved.keys() - {"laps", "data_dir", "observations", "masks"}:
+    for name in saved.keys() - {"laps", "patience", "data_dir", "observations", "masks"}:
         now = given.get(name, saved[name])
         require(now == saved[name], f"{folder} was made with {name} {saved[name]}, not {now}")
     return Settings(**values | given), start
@@ -1536,11 +1563,16 @@ def new_folder(name: str | None, settings: Settings) -> Path:
     return folder
 
 
-def report(state: State, held_out: tuple, corruption: Corruption, settings: Settings, folder: Path, history: list) -> str:
-    """Adds a lap to `history`, to metrics.jsonl and to the pictures. Returns its line."""
+def report(state: State, held_out: tuple, corruption: Corruption, settings: Settings, folder: Path, history: list, best) -> tuple:
+    """Adds a lap to `history`, to metrics.jsonl and to the pictures. Returns its line, and the best lap from now on."""
     metrics, samples = evaluate(state, *held_out, corruption, settings)
     if state.lap:
         metrics = {"loss": float(state.losses.mean())} | metrics
+    if held_out[0].ndim == 4:
+        scores, parts = judge(state, held_out[0], corruption, settings)
+        metrics |= scores
+        if state.lap:
+            best = better(state, parts, best)
     history.append({"lap": state.lap} | {name: round(value, 5) for name, value in metrics.items()})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
     picture = folder / f"lap_{state.lap:02d}.png"
@@ -1550,7 +1582,17 @@ def report(state: State, held_out: tuple, corruption: Corruption, settings: Sett
         picture_vectors(picture, held_out[1], samples)
     picture_curves(folder / "curves.png", history)
     shown = {name: value for name, value in metrics.items() if not name.startswith("loss_")}
-    return f"lap {state.lap}/{settings.laps}  " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+    return f"lap {state.lap}/{settings.laps}  " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items()), best
+
+
+def better(state: State, parts: dict, best: dict | None) -> dict:
+    """The best lap so far, this one or that before; waited: for how many laps none has been better beyond the error."""
+    parts = {name: value.cpu() for name, value in parts.items()}
+    change, error = gain(parts, best, generator_for("cpu", state.lap)) if best else (1, 0)
+    if change > 0:
+        weights = {name: value.clone() for name, value in state.average.state_dict().items()}
+        best = dict(lap=state.lap, model=dict(average=weights), **parts, waited=best["waited"] if best else 0)
+    return best | dict(waited=0 if change > error else best["waited"] + 1)
 
 
 @contextmanager
@@ -1586,10 +1628,11 @@ def train(y: Tensor, data: str, held_out: tuple, corruption: Corruption, setting
     from, or None. Under torchrun, y are those of this process, and the first one alone prints and writes.
     """
     rank, size = ranks()
-    history, share = [], replace(settings, batch=settings.batch // size)
+    history, share, best = [], replace(settings, batch=settings.batch // size), None
     if state and rank == 0:
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         history = [line for line in map(json.loads, lines) if line["lap"] < state.lap + (state.drawn == len(y))]
+        best = start["checkpoint"].get("best")
 
     def work(state: State | None) -> int:  # evaluations of the network, done so far
         if state is None or state.lap == 0:
@@ -1603,24 +1646,37 @@ def train(y: Tensor, data: str, held_out: tuple, corruption: Corruption, setting
             bar.update(work(state) - bar.n)
             if state.step % 20 == 0 and 0 < state.step < settings.steps:
                 bar.set_postfix(lap=state.lap, loss=f"{state.losses[state.step - 20 : state.step].mean():.3f}")
-            if state.drawn == len(y) and rank == 0:
-                bar.write(report(state, held_out, corruption, settings, folder, history))
+            complete = state.drawn == len(y)
+            if complete and rank == 0:
+                line, best = report(state, held_out, corruption, settings, folder, history, best)
+                bar.write(line)
             # Several processes can stop together, or gather their reconstructions, at steps that they all come to
-            common = size == 1 or state.drawn == len(y) or state.drawn == 0 and state.step % 20 == 0
+            common = size == 1 or complete or state.drawn == 0 and state.step % 20 == 0
             stopping = common and any_rank(bool(stop))
-            if stopping or state.drawn == len(y) or common and any_rank(time.monotonic() - saved > 180):
-                save_checkpoint(folder, state, settings, data)
+            if stopping or complete or common and any_rank(time.monotonic() - saved > 180):
+                save_checkpoint(folder, state, settings, data, best)
                 saved = time.monotonic()
             if stopping:
                 bar.write(f"stopped in lap {state.lap}; to go on: python diffem.py --resume {folder}")
                 return 130
-    if rank > 0:
-        return 0
-    first, last = history[0].get("psnr_mean"), history[-1].get("psnr_mean")
-    if first:
-        print(f"PSNR of the posterior mean: Gaussian prior {first:.2f} dB, DiffEM {last:.2f} dB ({last - first:+.2f} dB)")
-    print(f"pictures: {folder}/lap_{history[-1]['lap']:02d}.png, {folder}/curves.png")
+            if complete and any_rank(bool(best and settings.patience and best["waited"] >= settings.patience)):
+                break
+    if rank == 0:
+        conclude(history, best, folder)
     return 0
+
+
+def conclude(history: list, best: dict | None, folder: Path) -> None:
+    """The last lines of a run."""
+    chosen = history[-1]
+    if best:
+        chosen = next(line for line in history if line["lap"] == best["lap"])
+        print(f"kept: lap {best['lap']} of {history[-1]['lap']}, the best by held-out observations (energy {chosen['energy']:.3g}, "
+              f"proximal Frechet distance {chosen['frechet']:.3g}): a heuristic")  # fmt: skip
+    if "psnr_mean" in chosen:
+        first, last = history[0]["psnr_mean"], chosen["psnr_mean"]
+        print(f"PSNR of the posterior mean: Gaussian prior {first:.2f} dB, DiffEM {last:.2f} dB ({last - first:+.2f} dB)")
+    print(f"pictures: {folder}/lap_{chosen['lap']:02d}.png, {folder}/curves.png")
 
 
 def run(argv: list[str]) -> int:
@@ -1722,7 +1778,7 @@ def evaluate_run(settings: Settings, start: dict, corruption: Corruption) -> int
     """Writes posterior and prior samples of a run as PNG, and prints the standard metrics of them."""
     folder, device, number = Path(start["evaluate"]), start["device"], start["num_samples"]
     require(settings.dataset != "manifold" and number >= 2, "--evaluate takes a run on images, and 2 samples or more")
-    model = restore_state(start["checkpoint"], corruption, settings, device).model
+    model = best_model(start["checkpoint"], corruption, device)
     y, held_out, truth = observe(settings, corruption)
     y, generator = torch.cat([held_out, y])[:number], generator_for(device, settings.seed, 0, 7)
 

@@ -131,7 +131,7 @@ def sealed(content: bytes) -> bytes:
 
 def describe(denoiser, settings, half: bool) -> dict:
     """The metadata of model.onnx."""
-    from diffem import Corruption, Mask
+    from diffem import Mask
 
     corruption, (channels, *size) = denoiser.corruption, denoiser.x_shape
     return dict(
@@ -139,7 +139,7 @@ def describe(denoiser, settings, half: bool) -> dict:
         schedule="log-uniform from sigma_max to sigma_min, then 0", sigma_min=settings.sigma_min, sigma_max=settings.sigma_max,
         method=settings.method, steps=settings.sample_steps,
         corruption=settings.corruption.rpartition(":")[2], parameters=settings.parameters,
-        masks=type(corruption).mask is not Corruption.mask,  # can pixels be missing?
+        masks=corruption.hides(),  # can pixels be missing?
         exact=isinstance(corruption, Mask) and corruption.noise < 2 / 255,  # are the others right to half a grey level?
         multiple=2 ** (len(settings.channels) - 1),  # of the sides that the U-Net halves without a rest
     )  # fmt: skip
@@ -185,7 +185,7 @@ def export(folder: str, out: str | None = None, half: bool = False, own_corrupti
         checkpoint = diffem.load_checkpoint(folder)
         settings = checkpoint["settings"]
         corruption = diffem.corruption_class(own_corruption or settings.corruption, trusted=own_corruption is not None)
-        denoiser = diffem.restore_state(checkpoint, corruption(**settings.parameters), settings).model
+        denoiser = diffem.best_model(checkpoint, corruption(**settings.parameters))
         denoiser.bfloat16 = False  # the files compute in float32, by which they are judged
     except diffem.DiffEMError as error:
         raise ExportError(str(error)) from error

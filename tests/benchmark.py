@@ -1,6 +1,6 @@
-"""Comparisons by measurement:  python tests/benchmark.py speed | samplers | manifold | images | export  prints a table and
-appends it to benchmark.jsonl. `manifold` and `samplers` need POT besides (pip install pot); `speed` compares with diffusers
-where it is installed.
+"""Comparisons by measurement:  python tests/benchmark.py speed | samplers | manifold | images | stopping | misspecified |
+export  prints a table and appends it to benchmark.jsonl. `manifold` and `samplers` need POT besides (pip install pot);
+`speed` compares with diffusers where it is installed.
 
 Speeds are ratios within one run: the candidates take turns, the median of their times counts.
 """
@@ -540,19 +540,24 @@ def train_on_images(name: str, y: torch.Tensor, corruption: diffem.Corruption, c
     return state.model, state.average.module.eval(), state.lap
 
 
+def named_corruption(text: str) -> diffem.Corruption:
+    """Of "mask 0.5" and the like: a name and its arguments."""
+    kind, *numbers = text.split()
+    return diffem.CORRUPTIONS[kind](*(float(number) if "." in number else int(number) for number in numbers))
+
+
 def compare_on_images(options: argparse.Namespace) -> None:
     """DiffEM, EM-MMPS and Ambient Diffusion on images, with as many CPU-seconds for each."""
-    corruptions = [text.split() for text in options.corruptions]
-    jobs = [(corruption, name) for corruption in corruptions for name in options.methods
-            if not (name == "Ambient" and corruption[0] != "mask" or name == "EM-MMPS" and corruption[0] == "jpeg")]  # fmt: skip
+    jobs = [(text, name) for text in options.corruptions for name in options.methods
+            if not (name == "Ambient" and "mask" not in text or name == "EM-MMPS" and "jpeg" in text)]  # fmt: skip
     total = len(jobs) * options.seconds
     print(f"{len(jobs)} runs of {options.seconds} CPU-seconds: {total / 60:.0f} minutes, and the classifier and metrics")
     x, classes = read_classes(options)
     x0, truth = x[:-1000], x[-1000:][: options.held_out]
     features, rows = train_classifier(x0, classes[:-1000]), []
     with tqdm(total=total, unit="CPU-s", mininterval=5) as bar:
-        for (kind, *numbers), name in jobs:
-            corruption = diffem.CORRUPTIONS[kind](*(float(number) if "." in number else int(number) for number in numbers))
+        for text, name in jobs:
+            corruption = named_corruption(text)
             preset = diffem.SMALL | dict(laps=10**6, steps=500, flip=True, seed=options.seed)
             config = diffem.Settings(dataset="folder", **preset)
             generator = diffem.generator_for("cpu", options.seed, 0)
@@ -567,7 +572,7 @@ def compare_on_images(options: argparse.Namespace) -> None:
             new = torch.cat([diffem.sample(prior, part, 64, "ddpm", generator) for part in blank.split(250)])
             mean = samples.mean(0)
             rows.append({
-                "corruption": " ".join([kind, *numbers]), "method": name, "lap": lap, "PSNR": diffem.psnr(samples[0], truth),
+                "corruption": text, "method": name, "lap": lap, "PSNR": diffem.psnr(samples[0], truth),
                 "PSNR of the mean": diffem.psnr(mean, truth), "SSIM": diffem.ssim(samples[0], truth),
                 "SSIM of the mean": diffem.ssim(mean, truth), "spread": float(samples.std(0).square().mean().sqrt()),
                 "Frechet, posterior": frechet(features, samples[0], x0),
@@ -580,6 +585,67 @@ def compare_on_images(options: argparse.Namespace) -> None:
     floor = frechet(features, truth, x0)
     table(f"Images, {options.seconds} CPU-seconds each, Frechet distance of the held-out truth itself {floor:.2f}", rows,
           {key: value for key, value in vars(options).items() if key != "function"})  # fmt: skip
+
+
+# ---- Without clean images: which lap to keep, and what a wrong corruption does ---------------------------------------
+
+
+def judged_laps(true: str, assumed: str, laps: int, bar: tqdm, seed: int = 0):
+    """A row a lap of a run on digits corrupted by one law and learnt by another: what is seen without the truth, and what
+    the truth says; and the parts of the scores."""
+    settings = diffem.Settings(**diffem.PRESETS["digits", "small"] | dict(laps=laps, seed=seed))
+    corruption, generator = named_corruption(assumed), diffem.generator_for("cpu", seed, 0, 0)
+    x0, truth = diffem.load_data(settings)
+    y, held_out = (diffem.corrupt(x, named_corruption(true), generator) for x in (x0, truth))
+    features, start = principal_features(x0), time.process_time()
+    for state in diffem.em(y, corruption, settings):
+        if state.drawn < len(y):
+            continue
+        lap_took, start = time.process_time() - start, time.process_time()
+        scores, parts = diffem.judge(state, held_out, corruption, settings)
+        share = (time.process_time() - start) / lap_took
+        metrics, samples = diffem.evaluate(state, held_out, truth, corruption, settings)
+        row = {"data": true, "learnt by": assumed, "lap": state.lap, "PSNR of the mean": metrics["psnr_mean"],
+               "Frechet, restored": frechet(features, state.x0, x0), "Frechet, new": frechet(features, samples["prior"], x0),
+               "spread": metrics["spread"], **scores, "scores' share of time": share}  # fmt: skip
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        bar.update()
+        yield row, parts
+        start = time.process_time()
+
+
+def compare_stopping(options: argparse.Namespace) -> None:
+    """The lap that is kept by held-out observations against the best by the truth, on digits."""
+    print(f"{len(options.corruptions)} runs of {options.laps} laps, 15 to 30 CPU-seconds each")
+    rows = []
+    with tqdm(total=len(options.corruptions) * (options.laps + 1), mininterval=5) as bar:
+        for text in options.corruptions:
+            laps = list(judged_laps(text, text, options.laps, bar))[1:]  # the Gaussian's is not to choose from
+            kept = laps[0]
+            for lap in laps[1:]:
+                if diffem.gain(lap[1], kept[1], diffem.generator_for("cpu", lap[0]["lap"]))[0] > 0:
+                    kept = lap
+            restored, psnr = (lambda row: row["Frechet, restored"]), (lambda row: row["PSNR of the mean"])
+            by_frechet, by_psnr = min((row for row, _ in laps), key=restored), max((row for row, _ in laps), key=psnr)
+            rows.append({"corruption": text, "kept": kept[0]["lap"], "best Frechet": by_frechet["lap"], "best PSNR": by_psnr["lap"],
+                         "Frechet lost (%)": 100 * (restored(kept[0]) / restored(by_frechet) - 1),
+                         "by the last lap": 100 * (restored(laps[-1][0]) / restored(by_frechet) - 1),
+                         "PSNR lost (dB)": psnr(by_psnr) - psnr(kept[0]),
+                         **{name: kept[0][name] for name in ("energy", "frechet", "covers_50", "covers_90", "spread")},
+                         "scores' share of time": float(np.mean([row["scores' share of time"] for row, _ in laps]))})  # fmt: skip
+    table(f"Which of {options.laps} laps to keep", rows, {key: value for key, value in vars(options).items() if key != "function"})
+
+
+def compare_misspecified(options: argparse.Namespace) -> None:
+    """The last lap on digits whose corruption is another than the one that is learnt by, and block against mask."""
+    print(f"{len(options.cases)} runs of {options.laps} laps, 15 to 30 CPU-seconds each")
+    rows = []
+    with tqdm(total=len(options.cases) * (options.laps + 1), mininterval=5) as bar:
+        for case in options.cases:
+            true, _, assumed = case.partition(" as ")
+            *_, (row, _) = judged_laps(true, assumed or true, options.laps, bar)
+            rows.append({name: value for name, value in row.items() if name not in ("lap", "scores' share of time")})
+    table("A wrong corruption", rows, {key: value for key, value in vars(options).items() if key != "function"})
 
 
 def main() -> None:
@@ -617,6 +683,18 @@ def main() -> None:
     command.add_argument("--seconds", type=int, default=1200, help="CPU-seconds a run")
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(function=compare_on_images)
+    command = commands.add_parser("stopping", help=compare_stopping.__doc__)
+    command.add_argument("--laps", type=int, default=10)
+    command.add_argument("--corruptions", nargs="*", default=["mask 0.5", "mask 0.9", "block 0.5", "block 0.9", "noise 0.5", "noise 0.9",
+                                                              "blur 0.5", "blur 0.9"])  # fmt: skip
+    command.set_defaults(function=compare_stopping)
+    command = commands.add_parser("misspecified", help=compare_misspecified.__doc__)
+    command.add_argument("--laps", type=int, default=5)
+    command.add_argument("--cases", nargs="*", metavar="TRUE as ASSUMED", default=[
+        "mask 0.5", "mask 0.5 as mask 0.2", "mask 0.5 as mask 0.8", "block 0.5", "block 0.5 as mask 0.5", "mask 0.5 as block 0.5",
+        "blur 0.8", "blur 0.8 as blur 0.5", "blur 0.8 as blur 1.1", "noise 0.5", "noise 0.5 as noise 0.25", "noise 0.5 as noise 1.0",
+        "jpeg 20", "jpeg 20 as jpeg 50", "jpeg 20 as jpeg 8"])  # fmt: skip
+    command.set_defaults(function=compare_misspecified)
     options = parser.parse_args()
     options.function(options)
 
