@@ -94,7 +94,8 @@ class Config:
     blank: float = setting(0.1, "share of the M-step's observations that are blanked, to learn the prior")
     flip: bool = setting(False, "mirror images at random in the M-step")
     jitter: bool = setting(False, "change hue and saturation slightly in the M-step")
-    method: str = setting("ddpm", "sampler: ddpm, ddim, sde2m or dpm2m")
+    method: str = setting("sde2m", "sampler: ddpm, ddim, sde2m or dpm2m")
+    first_method: str = setting("ddpm", "that of the E-steps in the first half of the laps")
     sample_steps: int = setting(16, "network evaluations to sample an image")
     first_sample_steps: int = setting(0, "those of the first E-step, growing to sample_steps over half of the laps; 0: all")
     sample_batch: int = setting(512, "images sampled at once; halved where they do not fit into memory")
@@ -114,7 +115,8 @@ class Config:
         require(self.precision in ("auto", "float32", "bfloat16"), f"unknown precision {self.precision}: auto, float32, bfloat16")
         require(self.compile in ("auto", "on", "off"), f"unknown compile {self.compile}: auto, on, off")
         require(0 < self.sigma_min < self.sigma_max, "sigma_min must be above 0 and below sigma_max")
-        sampler(self.method, self.sample_steps, self.sigma_min, self.sigma_max)  # raises where there is no such method
+        for method in (self.method, self.first_method):
+            sampler(method, self.sample_steps, self.sigma_min, self.sigma_max)  # raises where there is no such method
         require(self.first_sample_steps >= 0, f"first_sample_steps must not be negative, as is {self.first_sample_steps}")
         require(self.seed >= 0, f"seed must not be negative, as is {self.seed}")
         levels = range(len(self.channels))
@@ -133,11 +135,13 @@ class Config:
             fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
         return self.precision == "bfloat16" or self.precision == "auto" and fast
 
-    def evaluations(self, lap: int) -> int:
-        """Of the network, for an image, in the E-step of a lap from 1 on. Draws of few steps lie too close together. Where EM
-        itself is slow, for much is missing, that makes up for its lag: an over-relaxed EM, which must end by honest draws."""
+    def e_step_sampler(self, lap: int) -> tuple[int, str]:
+        """Evaluations of the network for an image, and method, in the E-step of a lap from 1 on. Draws of ddpm by few steps lie
+        too close together. In the first half of the laps that makes up for the lag of EM, which is the slower the more is
+        missing: an over-relaxed EM. It must end by honest draws, or it takes its own for too certain."""
         first = min(self.first_sample_steps or self.sample_steps, self.sample_steps)
-        return round(first * (self.sample_steps / first) ** min(1, 2 * (lap - 1) / self.laps))
+        steps = round(first * (self.sample_steps / first) ** min(1, 2 * (lap - 1) / self.laps))
+        return steps, self.method if lap > self.laps / 2 else self.first_method
 
 
 def generator_for(device, *key: int) -> torch.Generator:
@@ -302,7 +306,8 @@ class Blur(Corruption):
     def measure(self, x: Tensor, y: Tensor) -> Tensor:
         from torchvision.transforms.functional import gaussian_blur
 
-        require(min(x.shape[-2:]) > self.radius, f"a blur of width {self.width} needs more than {self.radius} pixels a side")
+        least = self.radius + 1
+        require(min(x.shape[-2:]) >= least, f"a blur of width {self.width} needs images of {least} pixels a side or more")
         return y[:, -1:] * gaussian_blur(x, 2 * self.radius + 1, self.width)
 
 
@@ -863,7 +868,7 @@ def e_step(state: State, y: Tensor, config: Config, generator: torch.Generator) 
     while True:
         batch = y[state.drawn : state.drawn + state.sample_batch].to(generator.device)
         try:
-            x0 = sample(state.model, batch, config.evaluations(state.lap), config.method, generator)
+            x0 = sample(state.model, batch, *config.e_step_sampler(state.lap), generator)
             break
         except RuntimeError as error:  # PyTorch has a kind of its own for a GPU's memory alone
             if len(batch) == 1 or "memory" not in str(error):
@@ -937,15 +942,15 @@ class Settings(Config):
 
 SMALL = dict(channels=(16, 32, 64), blocks=2, steps=1000, ema=0.995, laps=8, sample_batch=256, prior_rank=64, prior_laps=16)
 PUBLISHED = dict(
-    blocks=5, dropout=0.1, laps=20, steps=50_000, batch=256, ema=0.9999, flip=True, jitter=True, sample_steps=256,
-    sample_batch=1024, prior_laps=16,
+    blocks=5, dropout=0.1, laps=20, steps=50_000, batch=256, ema=0.9999, flip=True, jitter=True, method="ddpm",
+    sample_steps=256, sample_batch=1024, prior_laps=16,
 )  # fmt: skip
 # What each data set changes of the defaults above, which are the digits' own
 PRESETS = {
     ("digits", "small"): dict(parameters=dict(rate=0.5)),
     ("manifold", "small"): dict(
         corruption="projection", channels=(256, 256, 256), laps=60, steps=200, batch=1024, ema=0.98,
-        sigma_max=10.0, first_sample_steps=4, sample_batch=16384, prior_rank=4, prior_laps=16, held_out=4096, samples=2,
+        sigma_max=10.0, method="ddpm", first_sample_steps=4, sample_batch=16384, prior_rank=4, prior_laps=16, held_out=4096, samples=2,
     ),
     ("mnist", "small"): SMALL | dict(limit=10_000),
     ("fashion_mnist", "small"): SMALL | dict(limit=10_000, flip=True),
@@ -1522,7 +1527,7 @@ def shape_and_number(settings: Settings, corruption: Corruption) -> tuple[list, 
 
 def work_before(lap: int, settings: Settings, number: int) -> int:
     """Evaluations of the network in the laps before this one. A step is three an image: one forwards, two backwards."""
-    return sum(3 * settings.steps * settings.batch + number * settings.evaluations(i) for i in range(1, lap))
+    return sum(3 * settings.steps * settings.batch + number * settings.e_step_sampler(i)[0] for i in range(1, lap))
 
 
 def cost(settings: Settings, corruption: Corruption, shape: list, number: int) -> tuple[int, float, float]:
@@ -1638,7 +1643,7 @@ def train(y: Tensor, data: str, held_out: tuple, corruption: Corruption, setting
         if state is None or state.lap == 0:
             return 0
         before = work_before(state.lap, share, len(y))
-        return before + 3 * state.step * share.batch + state.drawn * settings.evaluations(state.lap)
+        return before + 3 * state.step * share.batch + state.drawn * settings.e_step_sampler(state.lap)[0]
 
     saved, total, hidden = time.monotonic(), work_before(settings.laps + 1, share, len(y)), rank > 0 or None
     with stop_signals() as stop, tqdm(total=total, initial=work(state), unit="eval", unit_scale=True, disable=hidden) as bar:
@@ -1689,7 +1694,7 @@ def run(argv: list[str]) -> int:
         parameters, flops, size = cost(settings, corruption, shape, number)
         print(json.dumps(asdict(settings), indent=1))
         print(f"{number} observations of {'x'.join(map(str, shape))}, a network of {parameters / 1e6:.2f} M parameters")
-        evaluations = dict.fromkeys((settings.evaluations(1), settings.sample_steps))
+        evaluations = dict.fromkeys((settings.e_step_sampler(1)[0], settings.sample_steps))
         print(f"{settings.laps} laps of {settings.steps} steps, {number} x {' to '.join(map(str, evaluations))} evaluations to sample")
         print(f"{flops / 1e15:.3g} PFLOP, about {size / 2**30:.2f} GiB in float32")
         return 0

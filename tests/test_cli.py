@@ -259,7 +259,7 @@ def fails(arguments, cwd, monkeypatch, capsys) -> str:
         ("--rate many", "--rate"),
         ("--corruption jpeg --quality 0", "quality"),
         ("--corruption downsample --factor 3", "cannot be downsampled by 3"),
-        ("--corruption blur --width 4", "blur of width 4.0 needs images of more than 12 pixels"),
+        ("--corruption blur --width 4", "blur of width 4.0 needs images of 13 pixels"),
         ("--corruption projection", "does not go with digits"),
         ("--dataset manifold --corruption mask", "does not go with manifold"),
         ("--frobnicate 3", "--frobnicate"),
