@@ -918,8 +918,8 @@ class Settings(Config):
     grey: bool = setting(False, "read images as grey")
     skip_bad_images: bool = setting(False, "go on without images that cannot be read")
     limit: int = setting(0, "train on so many images; 0: on all")
-    held_out: int = setting(256, "images held out for the metrics; of folder, observations: 0 for a twentieth, but 256 where there are "
-                            "many")  # fmt: skip
+    held_out: int = setting(256, "images held out for the metrics; of folder, observations: 0 for a twentieth, but 256 where "
+                            "there are many")  # fmt: skip
     samples: int = setting(8, "posterior samples of each held-out image, for the mean and the spread")
     patience: int = setting(0, "stop after so many laps that are no better than the best one, beyond the scores' own error; 0: "
                             "never, for the learning rate that falls in the second half mends much")  # fmt: skip
@@ -950,7 +950,8 @@ PRESETS = {
     ("digits", "small"): dict(parameters=dict(rate=0.5)),
     ("manifold", "small"): dict(
         corruption="projection", channels=(256, 256, 256), laps=60, steps=200, batch=1024, ema=0.98,
-        sigma_max=10.0, method="ddpm", first_sample_steps=4, sample_batch=16384, prior_rank=4, prior_laps=16, held_out=4096, samples=2,
+        sigma_max=10.0, method="ddpm", first_sample_steps=4, sample_batch=16384, prior_rank=4, prior_laps=16, held_out=4096,
+        samples=2,
     ),
     ("mnist", "small"): SMALL | dict(limit=10_000),
     ("fashion_mnist", "small"): SMALL | dict(limit=10_000, flip=True),
@@ -969,7 +970,7 @@ SHAPES = {  # of one x0, and how many there are
 }  # fmt: skip
 
 
-# ---- Data sets: clean images, which are corrupted once and then serve the metrics alone ------------------------------
+# ---- Data sets: observations, and what clean images there are, for the metrics alone --------------------------------
 
 
 def load_data(settings: Settings) -> tuple[Tensor, Tensor]:
@@ -1131,7 +1132,23 @@ def jpeg_parameters(files: list[Path]) -> dict:
     return dict(tables=tables, subsampling=subsampling)
 
 
-# ---- Metrics and pictures -------------------------------------------------------------------------------------------
+def observe(settings: Settings, corruption: Corruption) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Observations to train on, those held out for the metrics, and the truth of these, if it is known."""
+    if settings.dataset != "observations":
+        x0, x0_held_out = load_data(settings)  # nobody sees x0 but here
+        generator = generator_for("cpu", settings.seed, 0, 0)
+        return corrupt(x0, corruption, generator), corrupt(x0_held_out, corruption, generator), x0_held_out
+    y = read_images(chosen(image_files(settings), settings, generator_for("cpu", settings.seed, 0, 4)), settings)
+    if isinstance(corruption, Downsample):
+        y = F.interpolate(y, scale_factor=corruption.factor, mode="nearest")
+    y, held_out = split(y, settings.held_out)
+    missing = bool((y[:, -1:] == 0).any())
+    require(missing or not isinstance(corruption, Mask), f"no pixel is missing in {settings.observations}: alpha, NaN or --masks")
+    corruption.masks = y[:, -1:].bool() if missing else None
+    return y, held_out, None
+
+
+# ---- Metrics, most of them by the truth -----------------------------------------------------------------------------
 
 
 def psnr(x: Tensor, x0: Tensor) -> float:
@@ -1200,6 +1217,9 @@ def evaluate(state: State, y: Tensor, x0: Tensor | None, corruption: Corruption,
     return metrics, samples
 
 
+# ---- Scores by held-out observations alone, and the lap to keep -----------------------------------------------------
+
+
 @torch.no_grad()
 def judge(state: State, y: Tensor, corruption: Corruption, settings: Settings) -> tuple[dict, dict]:
     """Scores by held-out observations y (N, C + 1, H, W) alone, at about a tenth of a lap's cost:
@@ -1263,6 +1283,19 @@ def frechet_distance(x: Tensor, x0: Tensor) -> Tensor:
     C, C0 = (c.mT @ c / (c.shape[-2] - 1) for c in (C, C0))
     root = torch.linalg.eigvals(C @ C0).real.clamp_min(0).sqrt().sum(-1)
     return (m - m0).square().sum(-1) + (C + C0).diagonal(dim1=-2, dim2=-1).sum(-1) - 2 * root
+
+
+def better(state: State, parts: dict, best: dict | None) -> dict:
+    """The best lap so far, this one or that before; waited: for how many laps none has been better beyond the error."""
+    parts = {name: value.cpu() for name, value in parts.items()}
+    change, error = gain(parts, best, generator_for("cpu", state.lap)) if best else (1, 0)
+    if change > 0:
+        weights = {name: value.clone() for name, value in state.average.state_dict().items()}
+        best = dict(lap=state.lap, model=dict(average=weights), **parts, waited=best["waited"] if best else 0)
+    return best | dict(waited=0 if change > error else best["waited"] + 1)
+
+
+# ---- Pictures -------------------------------------------------------------------------------------------------------
 
 
 def picture_images(path: Path, y: Tensor, x0: Tensor | None, samples: dict, corruption: Corruption) -> None:
@@ -1398,6 +1431,76 @@ def load(folder: str | Path, device="cpu", corruption: Corruption | None = None)
     return best_model(checkpoint, corruption, device)
 
 
+# ---- --evaluate: standard metrics of a run --------------------------------------------------------------------------
+
+
+def write_images(folder: Path, x: Tensor) -> None:
+    """x (N, C, H, W) in [-2, 2] as 00000.png, 00001.png, .. in a folder that holds nothing else."""
+    from PIL import Image
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    pixels = ((x.clamp(-2, 2) + 2) * (255 / 4)).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (N, H, W, C)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image.squeeze(-1) if x.shape[1] == 1 else image).save(folder / f"{i:05d}.png")
+
+
+def fidelity(folder: Path, reference: Path, start: dict) -> dict:
+    """FID, IS, KID, precision and recall of a folder of images, by torch-fidelity."""
+    try:
+        from torch_fidelity import calculate_metrics
+    except ImportError as error:
+        raise DiffEMError("FID and its kin need torch-fidelity: pip install torch-fidelity") from error
+    number = min(len(list(path.iterdir())) for path in (folder, reference))
+    try:
+        metrics = calculate_metrics(
+            input1=str(folder), input2=str(reference), cuda=start["device"] == "cuda", isc=True, fid=True, kid=True, prc=True,
+            kid_subset_size=min(1000, number), feature_extractor="inception-v3-compat", feature_layer_prc="2048",
+            feature_extractor_weights_path=start.get("inception_weights"), verbose=False, cache=False, save_cpu_ram=True,
+        )  # fmt: skip
+    except Exception as error:  # of the download, of the weights, of torch-fidelity
+        reason = " ".join(str(error).split())[:200]
+        raise DiffEMError(f"torch-fidelity fails ({reason}); its weights may be given as --inception-weights FILE") from error
+    names = dict(frechet_inception_distance="FID", inception_score_mean="IS", kernel_inception_distance_mean="KID",
+                 precision="precision", recall="recall")  # fmt: skip
+    return {short: metrics[name] for name, short in names.items()}
+
+
+def evaluate_run(settings: Settings, start: dict, corruption: Corruption) -> int:
+    """Writes posterior and prior samples of a run as PNG, and prints the standard metrics of them."""
+    folder, device, number = Path(start["evaluate"]), start["device"], start["num_samples"]
+    require(settings.dataset != "manifold" and number >= 2, "--evaluate takes a run on images, and 2 samples or more")
+    model = best_model(start["checkpoint"], corruption, device)
+    y, held_out, truth = observe(settings, corruption)
+    y, generator = torch.cat([held_out, y])[:number], generator_for(device, settings.seed, 0, 7)
+
+    def draw(y: Tensor) -> Tensor:
+        parts = tqdm(y.split(settings.sample_batch), desc="sampling", leave=False, disable=None)
+        return torch.cat([sample(model, p.to(device), settings.sample_steps, settings.method, generator).cpu() for p in parts])
+
+    sets = dict(posterior=draw(y), prior=draw(torch.zeros_like(y[:1]).expand(number, -1, -1, -1)))
+    for name, x in sets.items():
+        write_images(folder / "samples" / name, x)
+        print(f"{folder}/samples/{name}: {len(x)} images")
+    if truth is not None:
+        x, truth = (v[: min(len(truth), number)] for v in (sets["posterior"], truth))
+        print(f"posterior, {len(x)} held-out images: PSNR {psnr(x, truth):.2f} dB, SSIM {ssim(x, truth):.3f}")
+    if "reference" in start:
+        (H, W), own = y.shape[-2:], dict(dataset="folder", observations="", masks="", data_dir=start["reference"])
+        like = replace(settings, **own, image_size=H if H == W else 0)
+        reference = read_images(image_files(like), like)[:, :-1]
+    elif truth is not None:
+        reference = load_data(settings)[0]
+    else:
+        print("FID and its kin need clean images to compare with: --reference FOLDER")
+        return 0
+    write_images(folder / "samples" / "reference", reference)
+    for name in sets:
+        metrics = fidelity(folder / "samples" / name, folder / "samples" / "reference", start)
+        print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
+    return 0
+
+
 # ---- Command line ---------------------------------------------------------------------------------------------------
 
 
@@ -1466,7 +1569,8 @@ def make_parser() -> Parser:
 
 
 def parse(argv: list[str]) -> tuple[Settings, dict]:
-    """The settings, and the flags of this start alone: device, and name, dry_run or resume, with its checkpoint, where given.
+    """The settings, and the flags of this start alone: device, data_device, num_samples, and where they are given name,
+    dry_run, reference, inception_weights, and resume or evaluate, with the checkpoint.
 
     A setting not given as a flag has the value of the run to resume; else of the data set's preset; else its default.
     """
@@ -1505,7 +1609,8 @@ def parse(argv: list[str]) -> tuple[Settings, dict]:
     given["parameters"] = parameters_of(corruption) | kept | flags
     if corruption is Jpeg and dataset == "observations" and not saved and "quality" not in flags:
         given["parameters"] |= jpeg_parameters(image_files(Settings(**values | given)))
-    for name in saved.keys() - {"laps", "patience", "data_dir", "observations", "masks"}:
+    free = ["laps", "patience", "data_dir", "observations", "masks"] + ["method", "sample_steps"] * ("evaluate" in start)
+    for name in saved.keys() - set(free):
         now = given.get(name, saved[name])
         require(now == saved[name], f"{folder} was made with {name} {saved[name]}, not {now}")
     return Settings(**values | given), start
@@ -1568,7 +1673,9 @@ def new_folder(name: str | None, settings: Settings) -> Path:
     return folder
 
 
-def report(state: State, held_out: tuple, corruption: Corruption, settings: Settings, folder: Path, history: list, best) -> tuple:
+def report(
+    state: State, held_out: tuple, corruption: Corruption, settings: Settings, folder: Path, history: list, best: dict | None
+) -> tuple[str, dict | None]:
     """Adds a lap to `history`, to metrics.jsonl and to the pictures. Returns its line, and the best lap from now on."""
     metrics, samples = evaluate(state, *held_out, corruption, settings)
     if state.lap:
@@ -1588,16 +1695,6 @@ def report(state: State, held_out: tuple, corruption: Corruption, settings: Sett
     picture_curves(folder / "curves.png", history)
     shown = {name: value for name, value in metrics.items() if not name.startswith("loss_")}
     return f"lap {state.lap}/{settings.laps}  " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items()), best
-
-
-def better(state: State, parts: dict, best: dict | None) -> dict:
-    """The best lap so far, this one or that before; waited: for how many laps none has been better beyond the error."""
-    parts = {name: value.cpu() for name, value in parts.items()}
-    change, error = gain(parts, best, generator_for("cpu", state.lap)) if best else (1, 0)
-    if change > 0:
-        weights = {name: value.clone() for name, value in state.average.state_dict().items()}
-        best = dict(lap=state.lap, model=dict(average=weights), **parts, waited=best["waited"] if best else 0)
-    return best | dict(waited=0 if change > error else best["waited"] + 1)
 
 
 @contextmanager
@@ -1705,22 +1802,6 @@ def run(argv: list[str]) -> int:
     return observe_and_train(settings, start, corruption)
 
 
-def observe(settings: Settings, corruption: Corruption) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Observations to train on, those held out for the metrics, and the truth of these, if it is known."""
-    if settings.dataset != "observations":
-        x0, x0_held_out = load_data(settings)  # nobody sees x0 but here
-        generator = generator_for("cpu", settings.seed, 0, 0)
-        return corrupt(x0, corruption, generator), corrupt(x0_held_out, corruption, generator), x0_held_out
-    y = read_images(chosen(image_files(settings), settings, generator_for("cpu", settings.seed, 0, 4)), settings)
-    if isinstance(corruption, Downsample):
-        y = F.interpolate(y, scale_factor=corruption.factor, mode="nearest")
-    y, held_out = split(y, settings.held_out)
-    missing = bool((y[:, -1:] == 0).any())
-    require(missing or not isinstance(corruption, Mask), f"no pixel is missing in {settings.observations}: alpha, NaN or --masks")
-    corruption.masks = y[:, -1:].bool() if missing else None
-    return y, held_out, None
-
-
 def observe_and_train(settings: Settings, start: dict, corruption: Corruption) -> int:
     (rank, size), device = ranks(), start["device"]
     y, y_held_out, x0_held_out = observe(settings, corruption)
@@ -1745,73 +1826,6 @@ def observe_and_train(settings: Settings, start: dict, corruption: Corruption) -
         corruption.masks = corruption.masks.to(device)
     truth = None if x0_held_out is None else x0_held_out.to(device)
     return train(y, data, (y_held_out.to(device), truth), corruption, settings, folder, start, state)
-
-
-def write_images(folder: Path, x: Tensor) -> None:
-    """x (N, C, H, W) in [-2, 2] as 00000.png, 00001.png, .. in a folder that holds nothing else."""
-    from PIL import Image
-
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    pixels = ((x.clamp(-2, 2) + 2) * (255 / 4)).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (N, H, W, C)
-    for i, image in enumerate(pixels):
-        Image.fromarray(image.squeeze(-1) if x.shape[1] == 1 else image).save(folder / f"{i:05d}.png")
-
-
-def fidelity(folder: Path, reference: Path, start: dict) -> dict:
-    """FID, IS, KID, precision and recall of a folder of images, by torch-fidelity."""
-    try:
-        from torch_fidelity import calculate_metrics
-    except ImportError as error:
-        raise DiffEMError("FID and its kin need torch-fidelity: pip install torch-fidelity") from error
-    number = min(len(list(path.iterdir())) for path in (folder, reference))
-    try:
-        metrics = calculate_metrics(
-            input1=str(folder), input2=str(reference), cuda=start["device"] == "cuda", isc=True, fid=True, kid=True, prc=True,
-            kid_subset_size=min(1000, number), feature_extractor="inception-v3-compat", feature_layer_prc="2048",
-            feature_extractor_weights_path=start.get("inception_weights"), verbose=False, cache=False, save_cpu_ram=True,
-        )  # fmt: skip
-    except Exception as error:  # of the download, of the weights, of torch-fidelity
-        reason = " ".join(str(error).split())[:200]
-        raise DiffEMError(f"torch-fidelity fails ({reason}); Inception's weights may be given as --inception-weights FILE") from error
-    names = dict(frechet_inception_distance="FID", inception_score_mean="IS", kernel_inception_distance_mean="KID",
-                 precision="precision", recall="recall")  # fmt: skip
-    return {short: metrics[name] for name, short in names.items()}
-
-
-def evaluate_run(settings: Settings, start: dict, corruption: Corruption) -> int:
-    """Writes posterior and prior samples of a run as PNG, and prints the standard metrics of them."""
-    folder, device, number = Path(start["evaluate"]), start["device"], start["num_samples"]
-    require(settings.dataset != "manifold" and number >= 2, "--evaluate takes a run on images, and 2 samples or more")
-    model = best_model(start["checkpoint"], corruption, device)
-    y, held_out, truth = observe(settings, corruption)
-    y, generator = torch.cat([held_out, y])[:number], generator_for(device, settings.seed, 0, 7)
-
-    def draw(y: Tensor) -> Tensor:
-        parts = tqdm(y.split(settings.sample_batch), desc="sampling", leave=False, disable=None)
-        return torch.cat([sample(model, p.to(device), settings.sample_steps, settings.method, generator).cpu() for p in parts])
-
-    sets = dict(posterior=draw(y), prior=draw(torch.zeros_like(y[:1]).expand(number, -1, -1, -1)))
-    for name, x in sets.items():
-        write_images(folder / "samples" / name, x)
-        print(f"{folder}/samples/{name}: {len(x)} images")
-    if truth is not None:
-        x, truth = (v[: min(len(truth), number)] for v in (sets["posterior"], truth))
-        print(f"posterior, {len(x)} held-out images: PSNR {psnr(x, truth):.2f} dB, SSIM {ssim(x, truth):.3f}")
-    if "reference" in start:
-        (H, W), own = y.shape[-2:], dict(dataset="folder", observations="", masks="", data_dir=start["reference"])
-        like = replace(settings, **own, image_size=H if H == W else 0)
-        reference = read_images(image_files(like), like)[:, :-1]
-    elif truth is not None:
-        reference = load_data(settings)[0]
-    else:
-        print("FID and its kin need clean images to compare with: --reference FOLDER")
-        return 0
-    write_images(folder / "samples" / "reference", reference)
-    for name in sets:
-        metrics = fidelity(folder / "samples" / name, folder / "samples" / "reference", start)
-        print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
-    return 0
 
 
 @contextmanager
