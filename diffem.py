@@ -83,7 +83,7 @@ class Config:
     dropout: float = setting(0.0, "dropout in the residual blocks")
     sigma_min: float = setting(1e-3, "lowest noise level")
     sigma_max: float = setting(1e2, "highest noise level")
-    laps: int = setting(5, "EM iterations")
+    laps: int = setting(6, "EM iterations")
     steps: int = setting(400, "optimiser steps a lap")
     batch: int = setting(64, "images a step")
     lr: float = setting(1e-3, "learning rate of Adam; it falls to 0 over the second half of the laps")
@@ -96,7 +96,7 @@ class Config:
     jitter: bool = setting(False, "change hue and saturation slightly in the M-step")
     method: str = setting("sde2m", "sampler: ddpm, ddim, sde2m or dpm2m")
     first_method: str = setting("ddpm", "that of the E-steps in the first half of the laps")
-    sample_steps: int = setting(16, "network evaluations to sample an image")
+    sample_steps: int = setting(8, "network evaluations to sample an image")
     first_sample_steps: int = setting(0, "those of the first E-step, growing to sample_steps over half of the laps; 0: all")
     sample_batch: int = setting(512, "images sampled at once; halved where they do not fit into memory")
     prior_rank: int = setting(32, "rank of the Gaussian prior's covariance")
@@ -950,8 +950,8 @@ PRESETS = {
     ("digits", "small"): dict(parameters=dict(rate=0.5)),
     ("manifold", "small"): dict(
         corruption="projection", channels=(256, 256, 256), laps=60, steps=200, batch=1024, ema=0.98,
-        sigma_max=10.0, method="ddpm", first_sample_steps=4, sample_batch=16384, prior_rank=4, prior_laps=16, held_out=4096,
-        samples=2,
+        sigma_max=10.0, method="ddpm", sample_steps=16, first_sample_steps=4, sample_batch=16384, prior_rank=4, prior_laps=16,
+        held_out=4096, samples=2,
     ),
     ("mnist", "small"): SMALL | dict(limit=10_000),
     ("fashion_mnist", "small"): SMALL | dict(limit=10_000, flip=True),

@@ -558,7 +558,7 @@ def compare_on_images(options: argparse.Namespace) -> None:
     with tqdm(total=total, unit="CPU-s", mininterval=5) as bar:
         for text, name in jobs:
             corruption = named_corruption(text)
-            preset = diffem.SMALL | dict(laps=10**6, steps=500, flip=True, seed=options.seed)
+            preset = diffem.SMALL | dict(laps=10**6, steps=500, sample_steps=16, flip=True, seed=options.seed)
             config = diffem.Settings(dataset="folder", **preset)
             generator = diffem.generator_for("cpu", options.seed, 0)
             y, observed = (diffem.corrupt(v, corruption, generator) for v in (x0, truth))
