@@ -97,7 +97,7 @@ class Config:
     method: str = setting("sde2m", "sampler: ddpm, ddim, sde2m or dpm2m")
     first_method: str = setting("ddpm", "that of the E-steps in the first half of the laps")
     sample_steps: int = setting(8, "network evaluations to sample an image")
-    first_sample_steps: int = setting(0, "those of the first E-step, growing to sample_steps over half of the laps; 0: all")
+    first_sample_steps: int = setting(16, "those of the first half of the laps, growing to sample_steps if below it; 0: as many")
     sample_batch: int = setting(512, "images sampled at once; halved where they do not fit into memory")
     prior_rank: int = setting(32, "rank of the Gaussian prior's covariance")
     prior_laps: int = setting(8, "EM iterations of the Gaussian prior")
@@ -139,9 +139,11 @@ class Config:
         """Evaluations of the network for an image, and method, in the E-step of a lap from 1 on. Draws of ddpm by few steps lie
         too close together. In the first half of the laps that makes up for the lag of EM, which is the slower the more is
         missing: an over-relaxed EM. It must end by honest draws, or it takes its own for too certain."""
-        first = min(self.first_sample_steps or self.sample_steps, self.sample_steps)
-        steps = round(first * (self.sample_steps / first) ** min(1, 2 * (lap - 1) / self.laps))
-        return steps, self.method if lap > self.laps / 2 else self.first_method
+        if lap > self.laps / 2:
+            return self.sample_steps, self.method
+        first = self.first_sample_steps or self.sample_steps
+        growing = first * (self.sample_steps / first) ** (2 * (lap - 1) / self.laps)
+        return round(max(first, growing)), self.first_method
 
 
 def generator_for(device, *key: int) -> torch.Generator:
@@ -943,7 +945,7 @@ class Settings(Config):
 SMALL = dict(channels=(16, 32, 64), blocks=2, steps=1000, ema=0.995, laps=8, sample_batch=256, prior_rank=64, prior_laps=16)
 PUBLISHED = dict(
     blocks=5, dropout=0.1, laps=20, steps=50_000, batch=256, ema=0.9999, flip=True, jitter=True, method="ddpm",
-    sample_steps=256, sample_batch=1024, prior_laps=16,
+    sample_steps=256, first_sample_steps=256, sample_batch=1024, prior_laps=16,
 )  # fmt: skip
 # What each data set changes of the defaults above, which are the digits' own
 PRESETS = {

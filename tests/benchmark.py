@@ -558,7 +558,7 @@ def compare_on_images(options: argparse.Namespace) -> None:
     with tqdm(total=total, unit="CPU-s", mininterval=5) as bar:
         for text, name in jobs:
             corruption = named_corruption(text)
-            preset = diffem.SMALL | dict(laps=10**6, steps=500, sample_steps=16, flip=True, seed=options.seed)
+            preset = diffem.SMALL | dict(laps=10**6, steps=500, sample_steps=16, first_sample_steps=0, flip=True, seed=options.seed)
             config = diffem.Settings(dataset="folder", **preset)
             generator = diffem.generator_for("cpu", options.seed, 0)
             y, observed = (diffem.corrupt(v, corruption, generator) for v in (x0, truth))
@@ -685,7 +685,7 @@ def main() -> None:
     command.set_defaults(function=compare_on_images)
     command = commands.add_parser("stopping", help=compare_stopping.__doc__)
     command.add_argument("--laps", type=int, default=10)
-    command.add_argument("--corruptions", nargs="*", default=["mask 0.5", "mask 0.9", "block 0.5", "block 0.9", "noise 0.5", "noise 0.9",
+    command.add_argument("--corruptions", nargs="*", default=["mask 0.9", "mask 0.5", "block 0.5", "block 0.9", "noise 0.5", "noise 0.9",
                                                               "blur 0.5", "blur 0.9"])  # fmt: skip
     command.set_defaults(function=compare_stopping)
     command = commands.add_parser("misspecified", help=compare_misspecified.__doc__)

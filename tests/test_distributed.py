@@ -63,7 +63,7 @@ def test_two_processes_train_as_one_with_the_same_batches(tmp_path):
             losses.append(float(diffem.descend(state, loss, config)))
         for rank in (0, 1):
             generator = diffem.generator_for("cpu", 0, lap, config.steps, rank)
-            x0[rank] = diffem.sample(state.model, parts[rank], 3, "ddpm", generator)
+            x0[rank] = diffem.sample(state.model, parts[rank], *config.e_step_sampler(lap), generator)
     torch.testing.assert_close(torch.cat(results[0][0]), torch.tensor(losses), rtol=1e-4, atol=1e-5)
     for result in results:
         torch.testing.assert_close(result[2][0::2], x0[0], rtol=1e-3, atol=1e-3)

@@ -58,7 +58,8 @@ def test_the_first_e_steps_take_fewer_evaluations(monkeypatch):
     for _ in em(y, Mask(0.5), config):
         pass
     assert taken[::3] == [4, 6, 8, 11, 16, 16, 16, 16]  # 4 * 4^(lap / 4), in three batches each
-    assert {Config(**TINY | dict(first_sample_steps=first)).e_step_sampler(lap)[0] for lap in (1, 2) for first in (0, 9)} == {4}
+    samplers = [Config(laps=4, sample_steps=4, first_sample_steps=first).e_step_sampler(lap)[0] for first in (0, 9) for lap in (1, 2, 3)]
+    assert samplers == [4, 4, 4, 9, 9, 4]
     methods = [Config(laps=laps, first_method="ddim").e_step_sampler(lap)[1] for laps in (1, 2, 5) for lap in range(1, laps + 1)]
     assert methods == ["sde2m", "ddim", "sde2m", "ddim", "ddim", "sde2m", "sde2m", "sde2m"]
     with pytest.raises(DiffEMError, match="first_sample_steps"):
