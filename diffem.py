@@ -1866,4 +1866,8 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.modules["diffem"] = sys.modules["__main__"]  # what a user's own corruption imports from
-    sys.exit(main())
+    code = main()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # Gloo's threads may outlive the process group, and abort Python as it ends
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -20,7 +20,7 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 CONFIG = dict(channels=(8, 8), blocks=1, laps=2, steps=12, batch=8, sample_steps=3, prior_laps=2, prior_rank=4, precision="float32")
 
 TRAIN = f"""
-import sys, torch
+import os, sys, torch
 sys.path.insert(0, {str(ROOT)!r})
 import diffem
 with diffem.process_group():
@@ -31,6 +31,7 @@ with diffem.process_group():
             losses.append(state.losses.clone())
     weights = torch.cat([p.flatten() for p in state.model.parameters()])
     torch.save([losses, weights, diffem.gathered(state.x0)], f"rank{{rank}}.pt")
+os._exit(0)  # as diffem.py does: Gloo's threads may outlive the process group, and abort Python as it ends
 """
 
 
