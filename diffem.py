@@ -1287,14 +1287,15 @@ def frechet_distance(x: Tensor, x0: Tensor) -> Tensor:
     return (m - m0).square().sum(-1) + (C + C0).diagonal(dim1=-2, dim2=-1).sum(-1) - 2 * root
 
 
-def better(state: State, parts: dict, best: dict | None) -> dict:
-    """The best lap so far, this one or that before; waited: for how many laps none has been better beyond the error."""
+def keep(lap: int, weights: dict, parts: dict, best: dict | None) -> dict:
+    """The lap to keep, this one or that before: the latest that is not worse, beyond the error, than the best so far, whose
+    energy and sets are kept too. waited: for how many laps none has been better beyond the error."""
     parts = {name: value.cpu() for name, value in parts.items()}
-    change, error = gain(parts, best, generator_for("cpu", state.lap)) if best else (1, 0)
-    if change > 0:
-        weights = {name: value.clone() for name, value in state.average.state_dict().items()}
-        best = dict(lap=state.lap, model=dict(average=weights), **parts, waited=best["waited"] if best else 0)
-    return best | dict(waited=0 if change > error else best["waited"] + 1)
+    change, error = gain(parts, best, generator_for("cpu", lap)) if best else (1, 0)
+    best = dict(best or {}, waited=0 if change > error else best["waited"] + 1)
+    if change > -error:
+        best |= dict(lap=lap, average={name: value.clone() for name, value in weights.items()})
+    return best | (parts if change > 0 else {})
 
 
 # ---- Pictures -------------------------------------------------------------------------------------------------------
@@ -1420,9 +1421,9 @@ def restore_state(checkpoint: dict, corruption: Corruption, config: Config, devi
 
 
 def best_model(checkpoint: dict, corruption: Corruption, device="cpu") -> Denoiser:
-    """The model of the lap that was best by held-out observations, or else of the last one."""
+    """The model of the lap that was kept, or else of the last one."""
     best = checkpoint.get("best")
-    return restore_state(checkpoint | (best["model"] if best else {}), corruption, checkpoint["settings"], device).model
+    return restore_state(checkpoint | (dict(average=best["average"]) if best else {}), corruption, checkpoint["settings"], device).model
 
 
 def load(folder: str | Path, device="cpu", corruption: Corruption | None = None) -> Denoiser:
@@ -1686,7 +1687,7 @@ def report(
         scores, parts = judge(state, held_out[0], corruption, settings)
         metrics |= scores
         if state.lap:
-            best = better(state, parts, best)
+            best = keep(state.lap, state.average.state_dict(), parts, best)
     history.append({"lap": state.lap} | {name: round(value, 5) for name, value in metrics.items()})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
     picture = folder / f"lap_{state.lap:02d}.png"
@@ -1775,7 +1776,7 @@ def conclude(history: list, best: dict | None, folder: Path) -> None:
     chosen = history[-1]
     if best:
         chosen = next(line for line in history if line["lap"] == best["lap"])
-        print(f"kept: lap {best['lap']} of {history[-1]['lap']}, the best by held-out observations (energy {chosen['energy']:.3g}, "
+        print(f"kept: lap {best['lap']} of {history[-1]['lap']}, by held-out observations (energy {chosen['energy']:.3g}, "
               f"proximal Frechet distance {chosen['frechet']:.3g}): a heuristic")  # fmt: skip
     if "psnr_mean" in chosen:
         first, last = history[0]["psnr_mean"], chosen["psnr_mean"]

@@ -621,17 +621,17 @@ def compare_stopping(options: argparse.Namespace) -> None:
     with tqdm(total=len(options.corruptions) * (options.laps + 1), mininterval=5) as bar:
         for text in options.corruptions:
             laps = list(judged_laps(text, text, options.laps, bar))[1:]  # the Gaussian's is not to choose from
-            kept = laps[0]
-            for lap in laps[1:]:
-                if diffem.gain(lap[1], kept[1], diffem.generator_for("cpu", lap[0]["lap"]))[0] > 0:
-                    kept = lap
+            best = None
+            for row, parts in laps:
+                best = diffem.keep(row["lap"], {}, parts, best)
+            kept = laps[best["lap"] - 1][0]
             restored, psnr = (lambda row: row["Frechet, restored"]), (lambda row: row["PSNR of the mean"])
             by_frechet, by_psnr = min((row for row, _ in laps), key=restored), max((row for row, _ in laps), key=psnr)
-            rows.append({"corruption": text, "kept": kept[0]["lap"], "best Frechet": by_frechet["lap"], "best PSNR": by_psnr["lap"],
-                         "Frechet lost (%)": 100 * (restored(kept[0]) / restored(by_frechet) - 1),
+            rows.append({"corruption": text, "kept": kept["lap"], "best Frechet": by_frechet["lap"], "best PSNR": by_psnr["lap"],
+                         "Frechet lost (%)": 100 * (restored(kept) / restored(by_frechet) - 1),
                          "by the last lap": 100 * (restored(laps[-1][0]) / restored(by_frechet) - 1),
-                         "PSNR lost (dB)": psnr(by_psnr) - psnr(kept[0]),
-                         **{name: kept[0][name] for name in ("energy", "frechet", "covers_50", "covers_90", "spread")},
+                         "PSNR lost (dB)": psnr(by_psnr) - psnr(kept),
+                         **{name: kept[name] for name in ("energy", "frechet", "covers_50", "covers_90", "spread")},
                          "scores' share of time": float(np.mean([row["scores' share of time"] for row, _ in laps]))})  # fmt: skip
     table(f"Which of {options.laps} laps to keep", rows, {key: value for key, value in vars(options).items() if key != "function"})
 

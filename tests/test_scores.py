@@ -88,15 +88,19 @@ def test_the_error_is_that_of_the_mean(generator):
 
 @pytest.mark.parametrize("energies, patience, laps, kept", [
     ([1, 0.5, 0.6, 0.7, 0.8], 2, 4, 2), ([1, 0.5, 0.6, 0.7, 0.8], 0, 5, 2), ([1, 0.9, 0.8, 0.7, 0.6], 1, 5, 5),
+    ([1, 0.5, 0.505, 0.6, 0.7], 0, 5, 3),  # as good as the best, within the error
 ])  # fmt: skip
 def test_the_best_lap_is_kept_and_patience_ends(energies, patience, laps, kept, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    sets, weights = torch.randn(2, 40, 2, generator=torch.Generator().manual_seed(0)), {}
+    generator, weights = torch.Generator().manual_seed(0), {}
+    sets = torch.randn(2, 40, 2, generator=generator)
 
     def fake(state, y, corruption, settings):
         weights[state.lap] = [p.clone() for p in state.model.parameters()]
         energy = float(energies[state.lap - 1]) if state.lap else 2.0
-        return dict(covers_50=0.5, covers_90=0.9, energy=energy, frechet=1.0), dict(energy=torch.full((40,), energy), sets=sets)
+        spread = 1 + 0.1 * torch.randn(40, generator=generator)  # the bootstrap's error is about 0.02
+        spread /= spread.mean()
+        return dict(covers_50=0.5, covers_90=0.9, energy=energy, frechet=1.0), dict(energy=energy * spread, sets=sets)
 
     monkeypatch.setattr(diffem, "judge", fake)
     assert diffem.main([*SMALL, "--laps", "5", "--patience", str(patience)]) == 0
