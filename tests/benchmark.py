@@ -590,10 +590,10 @@ def compare_on_images(options: argparse.Namespace) -> None:
 # ---- Without clean images: which lap to keep, and what a wrong corruption does ---------------------------------------
 
 
-def judged_laps(true: str, assumed: str, laps: int, bar: tqdm, seed: int = 0):
+def judged_laps(true: str, assumed: str, laps: int, bar: tqdm, seed: int = 0, **others):
     """A row a lap of a run on digits corrupted by one law and learnt by another: what is seen without the truth, and what
     the truth says; and the parts of the scores."""
-    settings = diffem.Settings(**diffem.PRESETS["digits", "small"] | dict(laps=laps, seed=seed))
+    settings = diffem.Settings(**diffem.PRESETS["digits", "small"] | dict(laps=laps, seed=seed) | others)
     corruption, generator = named_corruption(assumed), diffem.generator_for("cpu", seed, 0, 0)
     x0, truth = diffem.load_data(settings)
     y, held_out = (diffem.corrupt(x, named_corruption(true), generator) for x in (x0, truth))
@@ -617,10 +617,10 @@ def judged_laps(true: str, assumed: str, laps: int, bar: tqdm, seed: int = 0):
 def compare_stopping(options: argparse.Namespace) -> None:
     """The lap that is kept by held-out observations against the best by the truth, on digits."""
     print(f"{len(options.corruptions)} runs of {options.laps} laps, 15 to 30 CPU-seconds each")
-    rows = []
+    rows, others = [], dict(method="ddpm", sample_steps=16) if options.degrade else {}
     with tqdm(total=len(options.corruptions) * (options.laps + 1), mininterval=5) as bar:
         for text in options.corruptions:
-            laps = list(judged_laps(text, text, options.laps, bar))[1:]  # the Gaussian's is not to choose from
+            laps = list(judged_laps(text, text, options.laps, bar, **others))[1:]  # the Gaussian's is not to choose from
             best = None
             for row, parts in laps:
                 best = diffem.keep(row["lap"], {}, parts, best)
@@ -687,6 +687,7 @@ def main() -> None:
     command.add_argument("--laps", type=int, default=10)
     command.add_argument("--corruptions", nargs="*", default=["mask 0.9", "mask 0.5", "block 0.5", "block 0.9", "noise 0.5", "noise 0.9",
                                                               "blur 0.5", "blur 0.9"])  # fmt: skip
+    command.add_argument("--degrade", action="store_true", help="draw by ddpm with 16 evaluations throughout, which misleads EM")
     command.set_defaults(function=compare_stopping)
     command = commands.add_parser("misspecified", help=compare_misspecified.__doc__)
     command.add_argument("--laps", type=int, default=5)
