@@ -40,7 +40,8 @@ sys.exit(export.main(["restore", *sys.argv[1:]]))
 
 def make_run(folder, shape, corruption="mask", parameters=None, **config):
     """A run folder whose model has left its start, where the last layer is 0."""
-    config = dict(channels=(8, 16), blocks=1, batch=4, steps=1, sample_steps=5, dataset="folder") | config
+    small = dict(channels=(8, 16), blocks=1, batch=4, steps=1, method="ddpm", sample_steps=5, dataset="folder")
+    config = small | config
     kind = diffem.corruption_class(corruption)
     settings = diffem.Settings(corruption=corruption, parameters=diffem.parameters_of(kind) | (parameters or {}), **config)
     generator = torch.Generator().manual_seed(0)
