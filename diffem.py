@@ -187,7 +187,7 @@ class Corruption(nn.Module):
     cell = 1  # side of the squares of pixels that are measured together
 
     def hides(self) -> bool:
-        """Can pixels be missing?"""
+        """Can values be missing, others of each image?"""
         return self.masks is not None or type(self).mask is not Corruption.mask
 
     def mask(self, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -380,6 +380,9 @@ class Projection(Corruption):
         """(B, d) -> (B, rows, d + 1)."""
         A = torch.randn(len(x), self.rows, x.shape[1], generator=generator, device=x.device)
         return self.observe(x, F.pad(F.normalize(A, dim=-1), [0, 1]), generator)
+
+    def hides(self) -> bool:
+        return True  # all that A does not show
 
     def measure(self, x: Tensor, y: Tensor) -> Tensor:
         return (y[..., :-1] @ x[..., None])[..., 0]  # (B, rows)
@@ -677,6 +680,7 @@ class GaussianPrior:
         x' ~ prior,  y' ~ Q(. | x'),  x = x' + Sigma A^T (A Sigma A^T + s^2 I)^-1 (y - y')
         """
         corruption, draws = self.corruption, []
+        inverse = None if corruption.hides() else self.inverse(torch.ones_like(y[:1], device=generator.device))
         for part in y.split(1024):
             part = part.to(generator.device)
             x = self.sample(len(part), generator)
@@ -686,28 +690,43 @@ class GaussianPrior:
                 return corruption.measure(self.covariance(adjoint(v)[0]), part) + corruption.noise_variance() * v
 
             residual = corruption.value(part) - corruption.value(corruption.observe(x, part, generator))
-            draws.append((x + self.covariance(adjoint(conjugate_gradients(operator, residual))[0])).to(y.device))
+            draws.append((x + self.covariance(adjoint(conjugate_gradients(operator, residual, inverse))[0])).to(y.device))
         return torch.cat(draws)
 
+    def inverse(self, y: Tensor):
+        """About (A Sigma A^T + s^2 I)^-1, for an A that hides nothing of y (1, ...): with c I in place of psi A A^T + s^2 I.
 
-def conjugate_gradients(operator, b: Tensor, tolerance: float = 1e-3, most: int = 200) -> Tensor:
+        Sigma's largest variances are a million times s^2, and without it conjugate gradients for a blur do not converge.
+        """
+        # W = A U,  L L^T = W^T W + c I,  V = W L^-T,  (W W^T + c I)^-1 = (I - V V^T) / c  (Woodbury)
+        W = torch.cat([self.corruption.measure(u.view(1, *self.mean.shape), y) for u in self.U.T]).flatten(1).T  # (m, rank)
+        c = self.psi + self.corruption.noise_variance() + 1e-6 * float(self.U.square().sum())  # float32 is not more exact
+        L = torch.linalg.cholesky(W.T @ W + c * torch.eye(W.shape[1], device=W.device))
+        V = torch.linalg.solve_triangular(L, W.T, upper=False).T  # (m, rank)
+        return lambda v: (v - (v.flatten(1) @ V @ V.T).view_as(v)) / c
+
+
+def conjugate_gradients(operator, b: Tensor, inverse=None, tolerance: float = 1e-3, most: int = 100) -> Tensor:
     """Solves operator(v) = b, symmetric and positive, for each of b (B, ...): until every residual's norm is below
-    `tolerance` of b's, or for `most` iterations."""
+    `tolerance` of b's, or for `most` iterations. inverse: about that of the operator, the preconditioner."""
 
     def dot(u: Tensor, v: Tensor) -> Tensor:
         return (u * v).flatten(1).sum(1).view(-1, *[1] * (b.ndim - 1)).clamp_min(1e-30)
 
-    v, r, p = torch.zeros_like(b), b, b
-    rr = dot(r, r)
-    goal = (tolerance**2 * rr).clamp_min(1e-30)
+    v, r = torch.zeros_like(b), b
+    goal = (tolerance**2 * dot(b, b)).clamp_min(1e-30)
+    inverse = inverse or (lambda r: r)
+    z = p = inverse(r)
+    rz = dot(r, z)
     for _ in range(most):
-        if (rr <= goal).all():
+        if (dot(r, r) <= goal).all():
             break
         Ap = operator(p)
-        alpha = rr / dot(p, Ap)
+        alpha = rz / dot(p, Ap)
         v, r = v + alpha * p, r - alpha * Ap
-        rr, before = dot(r, r), rr
-        p = r + rr / before * p
+        z = inverse(r)
+        rz, before = dot(r, z), rz
+        p = z + rz / before * p
     return v
 
 
@@ -836,7 +855,7 @@ def batch_loss(state: State, corruption: Corruption, config: Config, generator: 
     y = corruption(x0, generator)
     blank = torch.rand(len(y), generator=generator, device=device) < config.blank
     y = y.masked_fill(blank.view(-1, *[1] * (y.ndim - 1)), 0)
-    if y.ndim == 4 and not corruption.hides():  # as many lose a part, for the sake of `judge`
+    if not corruption.hides():  # as many lose a part, for the sake of `judge`
         share, some = torch.rand(2, len(y), generator=generator, device=device)
         y = hide(y, share * (some < config.blank), corruption.cell, generator)
     sigma = random_noise_level(len(y), config, generator)

@@ -129,6 +129,15 @@ def test_matheron_draws_match_the_closed_form(corruption, shape, generator):
     assert ((torch.cov(x.T) - C).abs() < 0.05 * scale + 2e-3).all()
 
 
+def test_draws_agree_with_blurred_observations_where_some_variances_are_a_million_times_the_noises(generator):
+    corruption, shape = Blur(1.0, 0.02), (3, 32, 32)
+    smooth = torch.nn.functional.interpolate(torch.randn(64, 3, 8, 8, generator=generator), size=(32, 32), mode="bicubic")
+    prior = GaussianPrior(torch.zeros(shape), smooth.flatten(1).T / 8, 0.5, corruption)
+    y = corruption(prior.sample(8, generator), generator)
+    x = prior.posterior(y, generator)
+    assert (corruption.measure(x, y) - corruption.value(y)).square().mean().sqrt() < 1.05 * 0.02
+
+
 def test_principal_components_recover_a_low_rank_gaussian(generator):
     truth = GaussianPrior(torch.randn(20, generator=generator), torch.randn(20, 3, generator=generator), 0.1, Noise())
     mean, U, psi = principal_components(truth.sample(50_000, generator), 3, generator)
