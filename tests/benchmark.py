@@ -678,7 +678,7 @@ def main() -> None:
     command.add_argument("--data-dir", required=True, help="images in a folder a class")
     command.add_argument("--images", type=int, default=10_000)
     command.add_argument("--held-out", type=int, default=500)
-    command.add_argument("--corruptions", nargs="*", default=["mask 0.75", "mask 0.5", "blur 1.5", "jpeg 10"])
+    command.add_argument("--corruptions", nargs="*", default=["mask 0.75", "mask 0.5", "blur 1.0", "jpeg 10"])
     command.add_argument("--methods", nargs="*", default=["DiffEM", "EM-MMPS", "Ambient"])
     command.add_argument("--seconds", type=int, default=1200, help="CPU-seconds a run")
     command.add_argument("--seed", type=int, default=0)
