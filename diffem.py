@@ -187,7 +187,7 @@ class Corruption(nn.Module):
     cell = 1  # side of the squares of pixels that are measured together
 
     def hides(self) -> bool:
-        """Can values be missing, others of each image?"""
+        """Can values be missing, different ones in each image?"""
         return self.masks is not None or type(self).mask is not Corruption.mask
 
     def mask(self, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -698,12 +698,13 @@ class GaussianPrior:
 
         Sigma's largest variances are a million times s^2, and without it conjugate gradients for a blur do not converge.
         """
-        # W = A U,  L L^T = W^T W + c I,  V = W L^-T,  (W W^T + c I)^-1 = (I - V V^T) / c  (Woodbury)
-        W = torch.cat([self.corruption.measure(u.view(1, *self.mean.shape), y) for u in self.U.T]).flatten(1).T  # (m, rank)
+        # W = (A U)^T,  L L^T = W W^T + c I,  V = L^-1 W,  (W^T W + c I)^-1 = (I - V^T V) / c  (Woodbury)
+        columns = self.U.T.reshape(-1, *self.mean.shape)
+        W = self.corruption.measure(columns, y.expand(len(columns), *y.shape[1:])).flatten(1)  # (rank, m)
         c = self.psi + self.corruption.noise_variance() + 1e-6 * float(self.U.square().sum())  # float32 is not more exact
-        L = torch.linalg.cholesky(W.T @ W + c * torch.eye(W.shape[1], device=W.device))
-        V = torch.linalg.solve_triangular(L, W.T, upper=False).T  # (m, rank)
-        return lambda v: (v - (v.flatten(1) @ V @ V.T).view_as(v)) / c
+        L = torch.linalg.cholesky(W @ W.T + c * torch.eye(len(W), device=W.device))
+        V = torch.linalg.solve_triangular(L, W, upper=False)  # (rank, m)
+        return lambda v: (v - (v.flatten(1) @ V.T @ V).view_as(v)) / c
 
 
 def conjugate_gradients(operator, b: Tensor, inverse=None, tolerance: float = 1e-3, most: int = 100) -> Tensor:
@@ -713,20 +714,17 @@ def conjugate_gradients(operator, b: Tensor, inverse=None, tolerance: float = 1e
     def dot(u: Tensor, v: Tensor) -> Tensor:
         return (u * v).flatten(1).sum(1).view(-1, *[1] * (b.ndim - 1)).clamp_min(1e-30)
 
-    v, r = torch.zeros_like(b), b
+    v, r, p, rz = torch.zeros_like(b), b, 0.0, 1.0  # so that the first p is z
     goal = (tolerance**2 * dot(b, b)).clamp_min(1e-30)
-    inverse = inverse or (lambda r: r)
-    z = p = inverse(r)
-    rz = dot(r, z)
     for _ in range(most):
         if (dot(r, r) <= goal).all():
             break
+        z = inverse(r) if inverse else r
+        rz, before = dot(r, z), rz
+        p = z + rz / before * p
         Ap = operator(p)
         alpha = rz / dot(p, Ap)
         v, r = v + alpha * p, r - alpha * Ap
-        z = inverse(r)
-        rz, before = dot(r, z), rz
-        p = z + rz / before * p
     return v
 
 
