@@ -4,7 +4,7 @@ After Hosseintabar et al., "DiffEM: Learning from Corrupted Data with Diffusion 
 arXiv 2510.12691. Clean images x0 ~ p* are never seen, only y ~ Q(y | x0) for a known corruption Q. A conditional
 diffusion model q(x0 | y) is trained and sampled in turn:
 
-    X(0)_i ~ p0(x0 | y_i)                        p0: a Gaussian prior, fitted to the observations by EM
+    X(0)_i ~ p0(x0 | y_i)                        p0: a smooth Gaussian, fitted to the observations by EM
     for lap = 1 .. laps:
         M-step   theta <- argmin E_{x0 in X(lap-1)} E_{y ~ Q(.|x0)} E_{sigma, eps}
                               lambda(sigma) || D_theta(x0 + sigma eps, sigma, y) - x0 ||^2              (Eq. 10)
@@ -21,8 +21,7 @@ The real observations y_i enter in the E-step alone; in the M-step y is drawn af
 Symbols   x0 clean, xt = x0 + sigma eps noisy, y observation, sigma noise level, eps ~ N(0, 1), D denoiser, A the forward
           map of the corruption, s the standard deviation of the observation's noise, lap one EM iteration
 Shapes    images x (B, C, H, W), values in [-2, 2] from black to white, so that their standard deviation is near 1, with
-          y (B, C + 1, H, W): the measurement, and a last channel that is 1 where something was observed;
-          vectors x (B, d), with y (B, m, d + 1): the rows of A, each with its measured value at the end.
+          y (B, C + 1, H, W): the measurement, and a last channel that is 1 where something was observed.
           y = 0 everywhere means that nothing was observed: the model then samples the prior.
 """
 
@@ -94,25 +93,35 @@ class Config:
     blank: float = setting(0.1, "share of the M-step's observations that are blanked, to learn the prior")
     flip: bool = setting(False, "mirror images at random in the M-step")
     jitter: bool = setting(False, "change hue and saturation slightly in the M-step")
+    crop: int = setting(0, "learn from squares of so many pixels a side at random places, in the M-step; 0: whole images")
+    rescale: bool = setting(False, "learn from smaller copies too, by a factor down to 1/2, in the M-step")
     method: str = setting("sde2m", "sampler: ddpm, ddim, sde2m or dpm2m")
     first_method: str = setting("ddpm", "that of the E-steps in the first half of the laps")
     sample_steps: int = setting(8, "network evaluations to sample an image")
     first_sample_steps: int = setting(16, "those of the first half of the laps, growing to sample_steps if below it; 0: as many")
     sample_batch: int = setting(512, "images sampled at once; halved where they do not fit into memory")
-    prior_rank: int = setting(32, "rank of the Gaussian prior's covariance")
-    prior_laps: int = setting(8, "EM iterations of the Gaussian prior")
+    prior_steps: int = setting(32, "network evaluations to sample a new image, of the prior")
+    smoothness: float = setting(0.0, "of the Gaussian that EM starts from: the power by which variance falls with the frequency, 3 "
+                                "for photographs, fitted from there on; 0: white noise and a low rank, as published")  # fmt: skip
+    prior_rank: int = setting(32, "rank of that Gaussian's covariance, where smoothness is 0")
+    prior_laps: int = setting(8, "EM iterations of that Gaussian")
+    preconditioning: str = setting("gaussian", "what the network starts from: gaussian, the posterior given y under a smooth Gaussian; "
+                                   "edm, as published")  # fmt: skip
     seed: int = setting(0, "seed of everything random")
 
     def __post_init__(self):
         self.channels, self.attention = tuple(self.channels), tuple(self.attention)
         require(len(self.channels) > 0 and min(self.channels) > 0, "channels must be positive")
-        for name in ("blocks", "heads", "laps", "steps", "batch", "sample_steps", "sample_batch", "prior_rank", "prior_laps"):
+        for name in ("blocks", "heads", "laps", "steps", "batch", "sample_steps", "sample_batch", "prior_steps", "prior_rank",
+                     "prior_laps"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         require(0 <= self.blank <= 1, f"blank must be in [0, 1], not {self.blank}")
         for name in ("dropout", "ema"):
             require(0 <= getattr(self, name) < 1, f"{name} must be in [0, 1), not {getattr(self, name)}")
         require(self.lr > 0 and self.clip > 0, "lr and clip must be above 0")
         require(self.precision in ("auto", "float32", "bfloat16"), f"unknown precision {self.precision}: auto, float32, bfloat16")
+        require(self.preconditioning in ("gaussian", "edm"), f"unknown preconditioning {self.preconditioning}: gaussian, edm")
+        require(self.smoothness >= 0 and self.crop >= 0, "smoothness and crop must not be negative")
         require(self.compile in ("auto", "on", "off"), f"unknown compile {self.compile}: auto, on, off")
         require(0 < self.sigma_min < self.sigma_max, "sigma_min must be above 0 and below sigma_max")
         for method in (self.method, self.first_method):
@@ -171,20 +180,66 @@ def randn_like(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 # ---- Corruptions y ~ Q(. | x0) --------------------------------------------------------------------------------------
+#
+# y = m (A x + s eps), m a mask. Each corruption has an orthonormal basis T, in which what y says of x is (nearly) diagonal:
+# of each coefficient t of T x a precision w >= 0 and a product h, log p(y | x) = sum (h t - w t^2 / 2) + const.
+# T turns colours by O, then takes the DCT of each block of n x n pixels: 1 (none), 8 (JPEG), or the whole image.
+
+
+def dct(block: int, size: int, device: torch.device) -> Tensor:
+    """(size, size), orthonormal: DCT-II matrices of `block` (0: size) along the diagonal, the last one smaller where it must."""
+    block = block if block > 0 else size
+    i = torch.arange(size, device=device)
+    k = i % block  # the place within the block, and the frequency
+    n = (size - i + k).clamp_max(block)[:, None]
+    # D_ki = sqrt(2 / n) cos(pi k (i + 1/2) / n), and sqrt(1 / n) where k = 0
+    D = ((1 + (k > 0).float()[:, None]) / n).sqrt() * torch.cos(math.pi * k[:, None] * (k + 0.5) / n)
+    return D * ((i - k)[:, None] == i - k)
+
+
+def opponent(channels: int, device: torch.device) -> Tensor:
+    """O, orthonormal: grey, red - blue and red - 2 green + blue, each of length 1; of other channels than 3 the identity."""
+    if channels != 3:
+        return torch.eye(channels, device=device)
+    rows = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]], device=device)
+    return rows / rows.square().sum(1, keepdim=True).sqrt()
+
+
+def transform(x: Tensor, block: int) -> Tensor:
+    """T x = D_H (O x) D_W^T, (B, C, H, W) -> (B, C, H, W)."""
+    t = (opponent(x.shape[1], x.device) @ x.flatten(2)).view(x.shape)
+    if block == 1:
+        return t
+    return dct(block, x.shape[-2], x.device) @ t @ dct(block, x.shape[-1], x.device).T
+
+
+def inverse(t: Tensor, block: int) -> Tensor:
+    """T^T t."""
+    if block != 1:
+        t = dct(block, t.shape[-2], t.device).T @ t @ dct(block, t.shape[-1], t.device)
+    return (opponent(t.shape[1], t.device).T @ t.flatten(2)).view(t.shape)
 
 
 class Corruption(nn.Module):
     """The known law y ~ Q(. | x0): the one object that corrupts, in the data set, the M-step and every metric.
 
-    A subclass gives `measure` and, if it hides pixels, `mask`; one of your own needs no more. Its arguments are numbers
-    with defaults, kept under the same names, and become flags. It has no trainable parameters; tensors are buffers.
+    A subclass gives `A` if it is not the identity, and `mask` if it hides pixels; one of your own needs no more. Its arguments
+    are numbers with defaults, kept under the same names, and become flags. It has no trainable parameters.
+
+    What y says of x, w and h, EM starts from and so does the network, which need not learn it then. They are measured, in the
+    basis that `block` names, unless a subclass of `Linear` gives `precision`. They need not be exact.
     """
 
-    linear = True  # is `measure` linear in x?
+    __constants__ = ["noise", "block"]
     noise = 0.0  # s
-    closed_form = False  # does `precondition` use y?
+    block = 1  # n, the side of the blocks of T; 0: the whole image
     masks = None  # (K, 1, H, W), where there are observed ones to draw from in place of `mask`
     cell = 1  # side of the squares of pixels that are measured together
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("w", torch.zeros(1, 1, 1))  # (C, n, n), as `learn` finds them: w, and h / T y
+        self.register_buffer("gain", torch.zeros(1, 1, 1))
 
     def hides(self) -> bool:
         """Can values be missing, different ones in each image?"""
@@ -194,79 +249,87 @@ class Corruption(nn.Module):
         """(B, C, H, W) -> (B, 1, H, W): 1 where something is observed, 0 elsewhere."""
         return torch.ones_like(x[:, :1])
 
-    def measure(self, x: Tensor, y: Tensor) -> Tensor:
-        """A(x): what is measured of x before noise, given the mask that y holds. Like `value(y)`; 0 where masked."""
-        raise NotImplementedError
-
-    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """y ~ Q(. | x): (B, C, H, W) -> (B, C + 1, H, W)."""
-        if self.masks is None:
-            known = self.mask(x, generator)
-        else:
-            known = self.masks[torch.randint(len(self.masks), (len(x),), generator=generator, device=x.device)].to(x.dtype)
-        return self.observe(x, torch.cat([torch.zeros_like(x), known], 1), generator)
-
-    def observe(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        """A new observation A(x) + s eps of x, with the mask of y."""
-        known = y[:, -1:]
-        return torch.cat([self.measure(x, y) + self.noise * known * self.eps(x, generator), known], 1)
+    def A(self, x: Tensor) -> Tensor:
+        """What is measured of x, before noise and mask: (B, C, H, W) in [-2, 2] -> (B, C, H, W)."""
+        return x
 
     def eps(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """The observation's noise, each value of variance 1."""
         return randn_like(x, generator)
 
-    def noise_variance(self) -> float:
-        """Of s eps, as an operator on the range of A."""
-        return self.noise**2
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """y ~ Q(. | x): (B, C, H, W) -> (B, C + 1, H, W)."""
+        if self.masks is None:
+            return self.observe(x, self.mask(x, generator), generator)
+        drawn = torch.randint(len(self.masks), (len(x),), generator=generator, device=x.device)
+        return self.observe(x, self.masks[drawn].to(x.dtype), generator)
 
-    def value(self, y: Tensor) -> Tensor:
-        """What was measured: (B, C + 1, H, W) -> (B, C, H, W)."""
-        return y[:, :-1]
+    def observe(self, x: Tensor, m: Tensor, generator: torch.Generator) -> Tensor:
+        """y = m (A x + s eps), and beside it m (B, 1, H, W)."""
+        value = self.A(x)
+        return torch.cat([m * (value + self.noise * self.eps(x, generator) if self.noise else value), m], 1)
 
-    def clean_shape(self, y: Tensor) -> list[int]:
-        """The shape of the x that y observes."""
-        return list(self.value(y).shape)
+    def T(self, x: Tensor) -> Tensor:
+        return transform(x, self.block)
 
-    def precondition(self, xt: Tensor, sigma: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean, and a root of the covariance, of x0 given xt under x0 ~ N(0, I): the preconditioning of EDM (Karras et al.
-        2022). Where `closed_form`, given y too. sigma: (B, 1, ...), as many dimensions as xt."""
-        # mean = xt / (sigma^2 + 1),  variance = sigma^2 / (sigma^2 + 1)
-        return xt / (sigma**2 + 1), (sigma * (sigma**2 + 1).rsqrt()).expand_as(xt)
+    def precision(self, y: Tensor) -> Tensor:
+        """w: (B, C + 1, H, W) -> (B, C, H, W)."""
+        return tiled(self.w, y)
 
+    def product(self, y: Tensor) -> Tensor:
+        """h: (B, C + 1, H, W) -> (B, C, H, W)."""
+        return tiled(self.gain, y) * self.T(y[:, :-1])
 
-class Pixelwise(Corruption):
-    """Corruptions that show some pixels as they are but for noise: y = known (x + s eps)."""
-
-    closed_form = True
-
-    def __init__(self, noise: float):
-        super().__init__()
-        require(noise >= 0, f"noise must be at least 0, not {noise:g}")
-        self.noise = noise
-
-    def measure(self, x: Tensor, y: Tensor) -> Tensor:
-        return y[:, -1:] * x
-
-    def precondition(self, xt: Tensor, sigma: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        # A Kalman update of EDM's:  gain = v / (v + s^2),  mean += gain (y - mean),  v *= 1 - gain,  where known
-        known, s2 = y[:, -1:], self.noise**2
-        variance = sigma**2 / (sigma**2 + 1)
-        mean = xt / (sigma**2 + 1)
-        mean = mean + known * variance / (variance + s2) * (y[:, :-1] - mean)
-        rest = 1 - known + known * s2 / (variance + s2)  # 1 - gain, written so that nothing cancels where s is small
-        return mean, (variance * rest).sqrt().expand_as(xt)
+    def learn(self, x: Tensor, generator: torch.Generator) -> None:
+        """w and h by measurement, for each colour and each coefficient of a block, on images x (N, C, H, W) like the clean ones."""
+        (N, C, H, W), n = x.shape, max(1, self.block)
+        x = x[..., : H // n * n, : W // n * n].clamp(-2, 2)
+        t, u = self.T(x), self.T(self.A(x) + self.noise * self.eps(x, generator))
+        # The best linear estimate of t from u is  E[t u] / E[u^2] u,  of error  E[t^2] - E[t u]^2 / E[u^2] = 1 / (1 / E[t^2] + w)
+        tt, tu, uu = [v.view(N, C, H // n, n, W // n, n).mean((0, 2, 4)).clamp_min(1e-9) for v in (t * t, t * u, u * u)]
+        precision = 1 / (tt - tu**2 / uu).clamp_min(1e-6)
+        self.w, self.gain = (precision - 1 / tt).clamp_min(0), precision * tu / uu
 
 
-class Mask(Pixelwise):
-    """Pixels missing independently with probability `rate`."""
+class Linear(Corruption):
+    """A corruption of which w is known, diag T A^T A T^T / s^2, and h = w T y, as where A keeps what it measures."""
+
+    def product(self, y: Tensor) -> Tensor:
+        return self.precision(y) * self.T(y[:, :-1])
+
+    def learn(self, x: Tensor, generator: torch.Generator) -> None:
+        pass
+
+
+def tiled(table: Tensor, y: Tensor) -> Tensor:
+    """table (C, n, n), of each block of n x n values: (B, C, H, W), and 0 where y is masked."""
+    (H, W), n = y.shape[-2:], table.shape[-1]
+    return (y[:, -1:] * table.repeat(1, -(-H // n), -(-W // n))[:, :H, :W]).expand_as(y[:, :-1])
+
+
+def complete(y: Tensor) -> Tensor:
+    """(B, 1, 1, 1): 1 where nothing of an observation is hidden, else 0."""
+    return y[:, -1:].amin((2, 3), keepdim=True)
+
+
+def variance(noise: float) -> float:
+    """s^2, no less than 1e-6: beyond that float32 could no longer add w to what a Gaussian knows."""
+    return max(noise**2, 1e-6)
+
+
+class Mask(Linear):
+    """Pixels missing independently with probability `rate`: y = m (x + s eps)."""
 
     def __init__(self, rate: float = 0.75, noise: float = 1e-3):
-        super().__init__(noise)
-        require(0 <= rate < 1, f"rate must be in [0, 1), not {rate:g}")
-        self.rate = rate
+        super().__init__()
+        require(0 <= rate < 1 and noise >= 0, f"rate must be in [0, 1) and noise at least 0, not {rate:g} and {noise:g}")
+        self.rate, self.noise = rate, noise
 
     def mask(self, x: Tensor, generator: torch.Generator) -> Tensor:
         return (torch.rand(x[:, :1].shape, generator=generator, device=x.device) >= self.rate).to(x.dtype)
+
+    def precision(self, y: Tensor) -> Tensor:
+        return (y[:, -1:] / variance(self.noise)).expand_as(y[:, :-1])
 
 
 class Block(Mask):
@@ -290,59 +353,81 @@ class Block(Mask):
         return (rank >= round(self.rate * H * W)).to(x.dtype).view(B, 1, H, W)
 
 
-class Noise(Pixelwise):
+class Noise(Linear):
     """White noise: y = x + s eps."""
 
+    block = 0
+
     def __init__(self, noise: float = 0.5):
-        super().__init__(noise)
+        super().__init__()
+        require(noise >= 0, f"noise must be at least 0, not {noise:g}")
+        self.noise = noise
+
+    def precision(self, y: Tensor) -> Tensor:
+        return (complete(y) / variance(self.noise)).expand_as(y[:, :-1])
 
 
-class Blur(Corruption):
-    """Gaussian blur of standard deviation `width` pixels, mirrored at the border: y = K x + s eps."""
+class Blur(Linear):
+    """Gaussian blur of standard deviation `width` pixels, mirrored at the image's edge (d c b a | a b c d): y = K x + s eps.
+
+    The DCT makes K diagonal. float32 is enough for s of 1e-3 and more: w is 1e6 at most, and where K all but removes a
+    frequency w is below what the Gaussian knows of it, whatever its error. A smaller s counts as 1e-3 in w.
+    """
+
+    block = 0
 
     def __init__(self, width: float = 1.5, noise: float = 0.02):
         super().__init__()
         require(width > 0 and noise >= 0, f"width must be above 0 and noise at least 0, not {width:g} and {noise:g}")
         self.width, self.noise = width, noise
 
-    def matrix(self, size: int, device: torch.device) -> Tensor:
-        """(size, size): the blur along one side, whose columns are the blurred unit vectors."""
-        radius = math.ceil(3 * self.width)
-        require(size > radius, f"a blur of width {self.width} needs images of {radius + 1} pixels a side or more")
-        kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, device=device) / self.width) ** 2)
-        units = F.pad(torch.eye(size, device=device)[:, None], [radius, radius], mode="reflect")  # (size, 1, size + 2 radius)
-        return F.conv1d(units, (kernel / kernel.sum()).view(1, 1, -1))[:, 0].T
+    def transfer(self, y: Tensor) -> Tensor:
+        """(H, W): the factor by which the blur multiplies each coefficient."""
+        radius = int(4 * self.width + 0.5)  # as scipy.ndimage cuts it
+        r = torch.arange(-radius, radius + 1, device=y.device)
+        kernel = torch.exp(-0.5 * (r / self.width) ** 2)
+        # k_i = sum_r kernel_r cos(pi i r / n)
+        H, W = [torch.cos(math.pi / n * torch.arange(n, device=y.device)[:, None] * r) @ kernel / kernel.sum() for n in y.shape[-2:]]
+        return H[:, None] * W
 
-    def measure(self, x: Tensor, y: Tensor) -> Tensor:
-        # K x K^T: as products of matrices ten times as fast as by convolutions, with its adjoint (32x32 pixels)
-        return y[:, -1:] * (self.matrix(x.shape[-2], x.device) @ x @ self.matrix(x.shape[-1], x.device).T)
+    def A(self, x: Tensor) -> Tensor:
+        return inverse(self.transfer(x) * self.T(x), 0)
+
+    def precision(self, y: Tensor) -> Tensor:
+        return (complete(y) * self.transfer(y) ** 2 / variance(self.noise)).expand_as(y[:, :-1])
+
+    def product(self, y: Tensor) -> Tensor:
+        return complete(y) * self.transfer(y) / variance(self.noise) * self.T(y[:, :-1])
 
 
-class Downsample(Corruption):
+class Downsample(Linear):
     """Means of factor x factor pixels, with noise, repeated to the image's own size: y = R (M x + s eps)."""
 
     def __init__(self, factor: int = 2, noise: float = 0.01):
         super().__init__()
         require(factor >= 1 and noise >= 0, f"factor must be at least 1 and noise 0, not {factor} and {noise:g}")
-        self.factor, self.cell, self.noise = factor, factor, noise
+        self.factor, self.cell, self.block, self.noise = factor, factor, factor, noise
 
-    def measure(self, x: Tensor, y: Tensor) -> Tensor:
+    def A(self, x: Tensor) -> Tensor:
         H, W = x.shape[-2:]
         require(H % self.factor == W % self.factor == 0, f"{H}x{W} pixels cannot be downsampled by {self.factor}")
-        return y[:, -1:] * F.interpolate(F.avg_pool2d(x, self.factor), size=(H, W), mode="nearest")
+        return F.interpolate(F.avg_pool2d(x, self.factor), size=(H, W), mode="nearest")
 
     def eps(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        return self.factor * self.measure(randn_like(x, generator), torch.ones_like(x))
+        return self.factor * self.A(randn_like(x, generator))
 
-    def noise_variance(self) -> float:
-        return (self.noise * self.factor) ** 2  # s^2 R R^T, and R R^T = factor^2 on the range of R
+    def precision(self, y: Tensor) -> Tensor:
+        # A block's first coefficient is its mean times factor
+        i, j = [torch.arange(n, device=y.device) % self.factor == 0 for n in y.shape[-2:]]
+        return (y[:, -1:] * (i[:, None] & j) / (self.factor**2 * variance(self.noise))).expand_as(y[:, :-1])
 
 
 class Jpeg(Corruption):
-    """JPEG as Pillow writes and reads it, of `quality` 1 to 100, or by the quantisation `tables` of a file: 64 numbers for
+    """JPEG, as libjpeg writes and reads it, of `quality` 1 to 100, or by the quantisation `tables` of a file: 64 numbers for
     grey images, 128 for colour. subsampling: of the chroma, 0 none (4:4:4), 1 across (4:2:2), 2 both ways (4:2:0)."""
 
-    linear, cell = False, 8
+    block, cell = 8, 8
+    TO_YCC = [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]  # JFIF
 
     def __init__(self, quality: int = 20, subsampling: int = 0, tables: tuple = ()):
         super().__init__()
@@ -350,70 +435,52 @@ class Jpeg(Corruption):
                 f"{quality:g} and {subsampling:g}")  # fmt: skip
         require(len(tables) in (0, 64, 128) and all(1 <= q <= 255 for q in tables), "tables takes 64 or 128 numbers, 1 to 255")
         self.quality, self.subsampling, self.tables = quality, subsampling, tuple(tables)
+        q = torch.tensor(tables or standard_tables(quality)).float().view(-1, 8, 8)[[0, -1, -1]]
+        self.register_buffer("q", q, persistent=False)  # (3, 8, 8) of Y, Cb and Cr, in grey levels
+        self.register_buffer("ycc", torch.tensor(self.TO_YCC), persistent=False)
 
-    def measure(self, x: Tensor, y: Tensor) -> Tensor:
-        from PIL import Image
-
+    def A(self, x: Tensor) -> Tensor:
+        H, W = x.shape[-2:]
         require(x.shape[1] in (1, 3), f"jpeg takes images of 1 or 3 channels, not {x.shape[1]}")
-        how: dict = dict(subsampling=self.subsampling)
-        how |= dict(qtables=[self.tables[:64], self.tables[-64:]]) if self.tables else dict(quality=self.quality)
-        pixels, decoded = ((x + 2) * (255 / 4)).clamp(0, 255).round().byte().permute(0, 2, 3, 1), []
-        for image in pixels.cpu().numpy():  # (H, W, C)
-            file = io.BytesIO()
-            Image.fromarray(image.squeeze(-1) if x.shape[1] == 1 else image).save(file, "JPEG", **how)
-            decoded.append(np.atleast_3d(np.asarray(Image.open(file))))
-        value = torch.from_numpy(np.stack(decoded)).to(x.device).permute(0, 3, 1, 2)
-        return y[:, -1:] * (value * (4 / 255) - 2)
+        pixels = ((x + 2) * (255 / 4)).clamp(0, 255).round()
+        if x.shape[1] == 1:
+            return self.quantised(pixels - 128, self.q[:1]).add(128).clamp(0, 255).mul(4 / 255) - 2
+        ycc = (self.ycc @ pixels.flatten(2)).view(pixels.shape).round()  # Cb, Cr about 0
+        Y = self.quantised(ycc[:, :1] - 128, self.q[:1]) + 128
+        step = [2 if self.subsampling == 2 else 1, 2 if self.subsampling else 1]
+        chroma = F.pad(ycc[:, 1:], [0, W % step[1], 0, H % step[0]], mode="replicate")
+        # libjpeg rounds means down and up by turns, and reads the halved chroma by linear interpolation
+        chroma = F.avg_pool2d(chroma, step)
+        turns = torch.arange(chroma.shape[-1], device=x.device) % 2
+        chroma = (chroma + (0.25 * (1 + turns) if self.subsampling == 2 else 0.5 * turns)).floor() if self.subsampling else chroma
+        chroma = self.quantised(chroma, self.q[1:])
+        if self.subsampling:
+            chroma = F.interpolate(chroma, scale_factor=step, mode="bilinear")[..., :H, :W].round()
+        ycc = torch.cat([Y, chroma], 1).clamp(-128, 255)
+        pixels = (self.ycc.inverse() @ ycc.flatten(2)).view(ycc.shape).round().clamp(0, 255)
+        return pixels * (4 / 255) - 2
+
+    def quantised(self, x: Tensor, q: Tensor) -> Tensor:
+        """x (B, C, H, W) in grey levels about 0, padded to whole blocks, its coefficients rounded to multiples of q (C, 8, 8)."""
+        H, W = x.shape[-2:]
+        x = F.pad(x, [0, -W % 8, 0, -H % 8], mode="replicate")
+        rows, columns = (dct(8, n, x.device) for n in x.shape[-2:])
+        q = q.repeat(1, x.shape[-2] // 8, x.shape[-1] // 8)
+        t = rows @ x @ columns.T / q
+        t = t.sign() * (t.abs() + 0.5).floor()  # ties away from 0, and there are many, of whole grey levels
+        return (rows.T @ (t * q) @ columns)[..., :H, :W].clamp(-128, 127).round()
 
 
-class Projection(Corruption):
-    """Vectors seen through a random matrix A of `rows` unit rows, drawn anew for each: y = A x + s eps."""
+def standard_tables(quality: int) -> list[int]:
+    """The quantisation tables of luminance and chroma that libjpeg takes for a quality."""
+    from PIL import Image
 
-    closed_form = True
-
-    def __init__(self, rows: int = 2, noise: float = 0.01):
-        super().__init__()
-        require(rows >= 1 and noise > 0, f"rows must be at least 1 and noise above 0, not {rows} and {noise:g}")
-        self.rows, self.noise = rows, noise
-
-    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        """(B, d) -> (B, rows, d + 1)."""
-        A = torch.randn(len(x), self.rows, x.shape[1], generator=generator, device=x.device)
-        return self.observe(x, F.pad(F.normalize(A, dim=-1), [0, 1]), generator)
-
-    def hides(self) -> bool:
-        return True  # all that A does not show
-
-    def measure(self, x: Tensor, y: Tensor) -> Tensor:
-        return (y[..., :-1] @ x[..., None])[..., 0]  # (B, rows)
-
-    def observe(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        value = self.measure(x, y)
-        return torch.cat([y[..., :-1], (value + self.noise * randn_like(value, generator))[..., None]], -1)
-
-    def value(self, y: Tensor) -> Tensor:
-        return y[..., -1]
-
-    def clean_shape(self, y: Tensor) -> list[int]:
-        return [y.shape[0], y.shape[-1] - 1]
-
-    def precondition(self, xt: Tensor, sigma: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        A, value = y[..., :-1], y[..., -1:]  # (B, rows, d), (B, rows, 1)
-        variance, mean = (sigma**2 / (sigma**2 + 1))[..., None], (xt / (sigma**2 + 1))[..., None]
-        # A A^T = U diag(l) U^T, and with B = U^T A:  mean += v B^T (v l + s^2)^-1 U^T (y - A mean)
-        eigenvalues, U = torch.linalg.eigh(A @ A.mT)
-        l, B, s2 = eigenvalues.clamp_min(0)[..., None], U.mT @ A, self.noise**2
-        gain = variance / (variance * l + s2)  # (B, rows, 1)
-        mean = mean + B.mT @ (gain * (U.mT @ (value - A @ mean)))
-        # The covariance's symmetric root:  sqrt(v) (I + v A^T A / s^2)^(-1/2) = sqrt(v) (I - B^T diag(w) B). It is sqrt(v) I on
-        # all that A does not see: there F corrects x0 itself. A triangular one varies with A, and F would have to learn how.
-        q = (1 + variance * l / s2).sqrt()
-        w = variance / s2 / (q * (1 + q))  # (1 - 1 / q) / l
-        identity = torch.eye(xt.shape[1], dtype=xt.dtype, device=xt.device)
-        return mean[..., 0], variance.sqrt() * (identity - B.mT @ (w * B))
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG", quality=quality)
+    return [q for table in Image.open(file).quantization.values() for q in table]
 
 
-CORRUPTIONS = dict(mask=Mask, block=Block, blur=Blur, downsample=Downsample, noise=Noise, jpeg=Jpeg, projection=Projection)
+CORRUPTIONS = dict(mask=Mask, block=Block, blur=Blur, downsample=Downsample, noise=Noise, jpeg=Jpeg)
 
 
 def corrupt(x: Tensor, corruption: Corruption, generator: torch.Generator) -> Tensor:
@@ -426,6 +493,156 @@ def hide(y: Tensor, share: Tensor, cell: int, generator: torch.Generator) -> Ten
     (B, _, H, W), share = y.shape, share.view(-1, 1, 1, 1)
     squares = torch.rand(B, 1, -(-H // cell), -(-W // cell), generator=generator, device=y.device) >= share
     return y * F.interpolate(squares.to(y.dtype), scale_factor=cell, mode="nearest")[..., :H, :W]
+
+
+# ---- A Gaussian that knows that images are smooth: the start of EM, and what the denoiser starts from ----------------
+
+
+class Gaussian(nn.Module):
+    """x ~ N(mean, Sigma), Sigma = S + U U^T: S diagonal in the DCT of the whole image and in opponent colours, where it falls
+    as a power of the frequency, S_ij = scale / (1 + i^2 + j^2)^(power / 2); U of low rank, for images that are not alike
+    everywhere, as digits are not. With power 0 it is the published start: white noise and a low rank.
+    """
+
+    def __init__(self, shape: list, rank: int = 0, power: float = 0.0):
+        """shape: of one x, (C, H, W). Until it is fitted, of variance 1."""
+        super().__init__()
+        (C, self.height, self.width), self.rank = shape, rank
+        self.register_buffer("mean", torch.zeros(shape if rank else [C, 1, 1]))
+        self.register_buffer("power", torch.full([C, 1, 1], power))
+        self.register_buffer("scale", torch.ones(C, 1, 1))
+        self.scale = 1 / self.spectrum(self.height, self.width).mean((1, 2), keepdim=True)
+        self.register_buffer("U", torch.zeros(math.prod(shape), rank))
+        self.register_buffer("V", torch.zeros(math.prod(shape), rank))  # Sigma^-1 = S^-1 - V V^T
+
+    def shape(self, H: int, W: int, power: Tensor) -> Tensor:
+        """(1 + i^2 + j^2)^(-power / 2), with i and j counted as in images of the size that was learnt from."""
+        i = torch.arange(H, device=power.device) * (self.height / H)
+        j = torch.arange(W, device=power.device) * (self.width / W)
+        return torch.exp(-power / 2 * (1 + i[:, None] ** 2 + j**2).log())
+
+    def spectrum(self, H: int, W: int) -> Tensor:
+        """S, (C, H, W)."""
+        return self.scale * self.shape(H, W, self.power)
+
+    def fit(self, x: Tensor, generator: torch.Generator) -> "Gaussian":
+        """The likeliest one for x (N, C, H, W); a power of 0 stays. Returns itself."""
+        self.mean = x.mean(0) if self.rank else x.mean((0, 2, 3))[:, None, None]
+        z = transform(x - self.mean, 0).flatten(1)  # (N, d)
+        (N, d), U, variance = z.shape, self.U[:, :0], z.new_zeros(0)
+        if self.rank:
+            with torch_seeded_by(generator):
+                _, singular, U = torch.svd_lowrank(z, q=min(self.rank + 8, N, d), niter=2)
+            kept = min(self.rank, d - 1, N - 1)
+            U, variance = U[:, :kept], singular[:kept].square() / N
+        # Probabilistic principal components (Tipping & Bishop 1999): S is what U leaves,  U <- U (variance - U^T S U)^(1/2)
+        left = (z.square().mean(0) - U.square() @ variance).clamp_min(0).view(x.shape[1:]) * (d / (d - U.shape[1]))
+        # The likeliest power:  min_p log mean(left / shape_p) + mean log shape_p
+        powers = torch.linspace(0, 6 if self.power.any() else 0, 121, device=x.device).view(-1, 1, 1, 1)
+        shapes = self.shape(*x.shape[-2:], powers)
+        scales = (left / shapes).mean((2, 3), keepdim=True).clamp_min(1e-6)  # (121, C, 1, 1)
+        best = (scales.log() + shapes.log().mean((2, 3), keepdim=True)).argmin(0, keepdim=True)
+        self.power, self.scale = powers.expand_as(scales).gather(0, best)[0], scales.gather(0, best)[0]
+        S = self.spectrum(*x.shape[-2:]).view(-1, 1)
+        self.U = U * (variance - (U * S * U).sum(0)).clamp_min(0).sqrt()
+        # Woodbury:  V = S^-1 U L^-T,  L L^T = I + U^T S^-1 U
+        L = torch.linalg.cholesky(torch.eye(U.shape[1], device=x.device) + self.U.T @ (self.U / S))
+        self.V = torch.linalg.solve_triangular(L, (self.U / S).T, upper=False).T
+        return self
+
+    def sample(self, number: int, generator: torch.Generator) -> Tensor:
+        """(number, C, H, W)."""
+        S = self.spectrum(self.height, self.width)
+        z = torch.randn(number, self.U.shape[1], generator=generator, device=S.device) @ self.U.T
+        eps = torch.randn(number, *S.shape, generator=generator, device=S.device)
+        return self.mean + inverse(z.view_as(eps) + S.sqrt() * eps, 0)
+
+    def draw(self, y: Tensor, corruption: Corruption, generator: torch.Generator) -> Tensor:
+        """x ~ p(x | y) for each of y (N, C + 1, H, W), exactly where w is exact: the posterior's mean for a draw of the prior
+        in place of its mean, and h + w^(1/2) eps in place of h (Papandreou & Yuille 2010)."""
+        parts = []
+        for part in y.split(512):
+            part = part.to(generator.device)
+            w, h, x = corruption.precision(part), corruption.product(part), self.sample(len(part), generator)
+            t, _ = self.posterior(part, w, h + w.sqrt() * randn_like(h, generator), x, corruption.block, 64)
+            parts.append(inverse(t, corruption.block).to(y.device))
+        return torch.cat(parts)
+
+    def precision(self, t: Tensor, S: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """Sigma^-1 t. rows, columns: from the coordinates of t to the DCT of the whole image."""
+        z = rows @ t @ columns.T
+        q = z / S
+        if self.rank > 0:
+            q = q - (z.flatten(1) @ self.V @ self.V.T).view(z.shape)
+        return rows.T @ q @ columns
+
+    def posterior(self, y: Tensor, w: Tensor, h: Tensor, mean: Tensor, block: int, steps: int) -> tuple[Tensor, Tensor]:
+        """Mean and variances of t = T x, T of blocks `block`, under log p(x) + sum (h t - w t^2 / 2), p of another mean.
+
+        w, h: (B, C, H, W); y, which they count, for a first guess. The mean solves
+            (Sigma^-1 + w) t = Sigma^-1 mean + h
+        by conjugate gradients: one step is exact where T is the basis of S, 4 are near. The variances are 1 / (a + w), a between
+        the precision under N(0, S) of a coefficient of which no other is known, and of one of which all are, by the share of its
+        neighbours that is known: exact where T is the basis of S, or w is the same everywhere.
+        """
+        H, W = h.shape[-2:]
+        S, mean = self.spectrum(H, W), mean.expand(h.shape)
+        rows, columns = [dct(0, n, h.device) @ dct(block, n, h.device).T for n in (H, W)]
+        alone, last = 1 / (rows.T**2 @ S @ columns**2), rows.T**2 @ (1 / S) @ columns**2  # 1 / diag T S T^T, diag T S^-1 T^T
+        least = w.amin((1, 2, 3), keepdim=True)
+        a, t = alone.expand_as(h), transform(mean, block)
+        b = self.precision(t, S, rows, columns) + h
+        if block > 0:
+            guess = interpolate(y, mean)
+            known = ((w - least) / (w - least + alone)).mean((1, 2, 3), keepdim=True).clamp_max(0.999)
+            share = guess[:, -1:] * known / y[:, -1:].mean((1, 2, 3), keepdim=True).clamp_min(1e-3)
+            a = alone + share.clamp(0, 1) * (last - alone)
+            # A Wiener filter, of what is known of every coefficient, about y interpolated, which is worth a precision r
+            z, r = h / w.clamp_min(1e-9), a.mean((2, 3), keepdim=True) * known / (1 - known)
+            t = torch.where(known > 1e-6, transform(guess[:, :-1], block), t)
+            t = t + rows.T @ (rows @ (z - t) @ columns.T * (least / (1 / S + r + least))) @ columns
+            t = t + (w - least) / (a + w) * (z - t)
+        residual, p, rz = b - self.precision(t, S, rows, columns) - w * t, torch.zeros_like(b), torch.ones_like(least)
+        for _ in range(steps):
+            q, before = residual / (last + w), rz  # preconditioned by the diagonal
+            rz = (residual * q).sum((1, 2, 3), keepdim=True).clamp_min(1e-30)
+            p = q + rz / before * p
+            Ap = self.precision(p, S, rows, columns) + w * p
+            step = rz / (p * Ap).sum((1, 2, 3), keepdim=True).clamp_min(1e-30)
+            t, residual = t + step * p, residual - step * Ap
+        return t, 1 / (a + w)
+
+
+def interpolate(y: Tensor, mean: Tensor) -> Tensor:
+    """From the observed values of y (B, C + 1, H, W), means weighted by (d^2 + 0.3)^(-5/2), d the distance in pixels, up to 10;
+    `mean` far from all. The last channel is the share of a pixel's neighbours that is observed, so weighted."""
+    H, W = y.shape[-2:]
+    d = torch.arange(-10, 11, device=y.device)
+    kernel = (d[:, None] ** 2 + d**2 + 0.3) ** -2.5
+    # A convolution of the mirrored image, by the DCT:  k_ij = sum_rs kernel_rs cos(pi i r / H) cos(pi j s / W)
+    i, j = [torch.cos(math.pi / n * torch.arange(n, device=y.device)[:, None] * d) for n in (H, W)]
+    rows, columns, known = dct(0, H, y.device), dct(0, W, y.device), y[:, -1:]
+    z = torch.cat([known * (y[:, :-1] - mean), known], 1)
+    z = rows.T @ (i @ kernel @ j.T * (rows @ z @ columns.T)) @ columns
+    own = 0.3**-2.5
+    return torch.cat([mean + z[:, :-1] / z[:, -1:].clamp_min(1e-3), (z[:, -1:] - own * known) / (kernel.sum() - own)], 1)
+
+
+def start(y: Tensor, corruption: Corruption, config: "Config", generator: torch.Generator) -> Gaussian:
+    """The Gaussian to start EM from, itself fitted by EM to some observations y (N, C + 1, H, W): draw every x given its y, fit
+    the Gaussian to the draws, repeat. What no observation shows stays as its law, the power of the frequency, says."""
+    shape = [y.shape[1] - 1, *y.shape[2:]]
+    gaussian = Gaussian(shape, 0 if config.smoothness else config.prior_rank, config.smoothness).to(generator.device)
+    y = y[: 4096 if gaussian.rank else 512].to(generator.device)
+    x = interpolate(y, gaussian.mean)[:, :-1]
+    gaussian.mean += x.mean((0, 2, 3))[:, None, None]
+    gaussian.scale *= transform(x - gaussian.mean, 0).square().mean((0, 2, 3))[:, None, None]
+    x = gaussian.sample(512, generator)
+    for _ in range(config.prior_laps):
+        corruption.learn(x, generator)
+        x = gaussian.draw(y, corruption, generator)
+        gaussian.fit(x, generator)
+    return gaussian
 
 
 # ---- Networks. TorchScript compiles them as they stand: hence one signature (x, emb) for every block ----------------
@@ -533,59 +750,63 @@ class UNet(nn.Module):
         return self.out(F.silu(self.norm(x)))
 
 
-class MLP(nn.Module):
-    """F for vectors; y (B, d, d)."""
-
-    def __init__(self, inputs: int, outputs: int, config: Config):
-        super().__init__()
-        self.emb = NoiseEmbedding(64)
-        widths = [inputs + 64, *config.channels]
-        hidden = [[nn.Linear(a, b), nn.SiLU(), nn.LayerNorm(b)] for a, b in zip(widths, widths[1:])]
-        self.layers = nn.Sequential(*sum(hidden, []))
-        self.out = zeroed(nn.Linear(widths[-1], outputs))
-
-    def forward(self, xt: Tensor, mean: Tensor, y: Tensor, log_sigma: Tensor) -> Tensor:
-        return self.out(self.layers(torch.cat([xt, mean, y.flatten(1), self.emb(log_sigma)], 1)))
-
-
 class Denoiser(nn.Module):
     """D(xt, sigma, y), an estimate of E[x0 | xt, y].
 
-    D = G + C^(1/2) F(c_in xt, G, y, log sigma),  c_in = 1 / sqrt(sigma^2 + 1),  with G and C the mean and covariance of x0
-    given xt (and y, where the corruption's `precondition` has a closed form), were x0 ~ N(0, I). The network F starts at
-    0, so D starts as the best guess under that Gaussian, agrees with y, and learns only what is not Gaussian.
-    For vectors C^(1/2) is a matrix, and F is given that, in units of EDM's, in place of y: it tells what y does, and does
-    not change with the order, sign or mixture of A's rows.
+    D = G + T^T c^(1/2) T F(c_in xt, G, y, log sigma),  c_in = 1 / sqrt(sigma^2 + 1),  where G and c are mean and variances, in
+    the basis T of the corruption, of x0 given xt and y, were x0 of a smooth Gaussian: what y says of T x0 and what xt says, a
+    precision 1 / sigma^2 more. The network F starts at 0, so D starts as the best guess under that Gaussian, agrees with y, and
+    learns only what is not Gaussian. Preconditioning "edm": the Gaussian N(0, I) and nothing of y in G, hence the published
+    G = xt / (sigma^2 + 1),  c = sigma^2 / (sigma^2 + 1)  (Karras et al. 2022).
     """
 
-    def __init__(self, x_shape: list, y_shape: list, corruption: Corruption, config: Config):
-        """x_shape, y_shape: of one x and one y, without the batch."""
+    def __init__(self, gaussian: Gaussian, corruption: Corruption, config: Config):
         super().__init__()
-        self.corruption, self.x_shape, self.y_shape = corruption, x_shape, y_shape
+        C = gaussian.power.shape[0]
+        self.corruption, self.x_shape = corruption, [C, gaussian.height, gaussian.width]
+        edm = config.preconditioning == "edm"
+        self.gaussian, self.told = Gaussian(self.x_shape) if edm else gaussian, Corruption() if edm else corruption
         self.sigma_min, self.sigma_max, self.bfloat16 = config.sigma_min, config.sigma_max, False
-        if len(x_shape) == 3:
-            self.network = UNet(2 * x_shape[0] + y_shape[0], x_shape[0], config)
+        self.network = UNet(3 * C + 1, C, config)
+
+    def posterior(self, xt: Tensor, sigma: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """G (B, C, H, W), and c of its coefficients. sigma: (B, 1, 1, 1)."""
+        told, block = self.told, self.told.block
+        w, h = told.precision(y) + sigma**-2, told.product(y) + told.T(xt) / sigma**2
+        mean, c = self.gaussian.posterior(y, w, h, self.gaussian.mean, block, 1 if block == 0 else 4)
+        return inverse(mean, block), c
+
+    def estimate(self, xt: Tensor, sigma: Tensor, y: Tensor, G: Tensor, c: Tensor) -> Tensor:
+        """D, given the posterior."""
+        scaled, log_sigma = xt * (sigma**2 + 1).rsqrt(), sigma.flatten().log()
+        if torch.jit.is_scripting() or not self.bfloat16:
+            output = self.network(scaled, G, y, log_sigma)
         else:
-            self.network = MLP(2 * x_shape[0] + x_shape[0] ** 2, x_shape[0], config)
+            with torch.autocast(xt.device.type, torch.bfloat16):
+                output = self.network(scaled, G, y, log_sigma)
+        return G + inverse(c.sqrt() * self.told.T(output.float()), self.told.block)
 
     def forward(self, xt: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
-        """xt (B, ...), sigma (B,), y of the corruption's shape -> (B, ...)."""
-        log_sigma = sigma.log()
-        sigma = sigma.view([-1] + [1] * (xt.dim() - 1))
-        mean, root = self.corruption.precondition(xt, sigma, y)
-        xt = xt * (sigma**2 + 1).rsqrt()
-        if root.dim() == xt.dim():
-            if torch.jit.is_scripting() or not self.bfloat16:
-                return mean + root * self.network(xt, mean, y, log_sigma)
-            with torch.autocast(xt.device.type, torch.bfloat16):
-                return mean + root * self.network(xt, mean, y, log_sigma)
-        # root is a matrix (B, d, d), given in units of EDM's sqrt(sigma^2 / (sigma^2 + 1))
-        variance = sigma**2 / (sigma**2 + 1)
-        output = self.network(xt, mean, root / variance.sqrt()[..., None], log_sigma)
-        return mean + (root @ output[..., None])[..., 0]
+        """xt (B, C, H, W), sigma (B,), y (B, C + 1, H, W) -> (B, C, H, W)."""
+        sigma = sigma.view(-1, 1, 1, 1)
+        G, c = self.posterior(xt, sigma, y)
+        return self.estimate(xt, sigma, y, G, c)
+
+    def loss(self, x0: Tensor, y: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
+        """Eq. 10 for each x0 (B, C, H, W), of noise level sigma (B,): (B,), about 1 while F is 0.
+
+        The paper's lambda(sigma) |e|^2 / d,  lambda = 1 / sigma^2 + 1,  weighs the error e = D - x0 by the precision of x0 given
+        xt under N(0, I). Here it is that of x0 given xt and y under the Gaussian,  | c^(-1/2) T e |^2 / d,  the same for "edm".
+        """
+        sigma = sigma.view(-1, 1, 1, 1)
+        xt = x0 + sigma * randn_like(x0, generator)
+        with torch.no_grad():
+            G, c = self.posterior(xt, sigma, y)
+        error = self.estimate(xt, sigma, y, G, c) - x0
+        return (self.told.T(error).square() / c).flatten(1).mean(1)
 
 
-# ---- Noise levels, loss, sampler ------------------------------------------------------------------------------------
+# ---- Noise levels, sampler ------------------------------------------------------------------------------------------
 
 
 def noise_level(t: Tensor, config: Config) -> Tensor:
@@ -596,21 +817,6 @@ def noise_level(t: Tensor, config: Config) -> Tensor:
 def random_noise_level(number: int, config: Config, generator: torch.Generator) -> Tensor:
     """(number,): sigma(t), t ~ Beta(3, 3), the median of five uniform numbers."""
     return noise_level(torch.rand(number, 5, generator=generator, device=generator.device).median(1).values, config)
-
-
-def denoising_loss(denoiser: Denoiser, x0: Tensor, y: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
-    """Eq. 10 for each of (B, ...): (B,), about 1 where the network gives 0 and x0 is as wide as N(0, I).
-
-    The paper's lambda(sigma) |e|^2, lambda = 1 / sigma^2 + 1, weighs the error e = D - x0 by the precision of x0 given xt
-    under N(0, I). Where D starts from y too, so does the precision: lambda(sigma) |e|^2 + |A e|^2 / s^2.
-    """
-    corruption = denoiser.corruption
-    noise = sigma.view(-1, *[1] * (x0.ndim - 1)) * randn_like(x0, generator)
-    error = denoiser(x0 + noise, sigma, y) - x0
-    loss = (1 / sigma**2 + 1) * error.square().flatten(1).sum(1)
-    if corruption.closed_form and corruption.noise > 0:  # A e is 0 where s is
-        loss = loss + (corruption.measure(error, y) / corruption.noise).square().flatten(1).sum(1)
-    return loss / x0[0].numel()
 
 
 def sampler(method: str, steps: int, sigma_min: float, sigma_max: float) -> list[tuple[float, float, float, float, float]]:
@@ -641,8 +847,8 @@ def sampler(method: str, steps: int, sigma_min: float, sigma_max: float) -> list
 
 @torch.no_grad()
 def sample(denoiser: Denoiser, y: Tensor, steps: int, method: str, generator: torch.Generator) -> Tensor:
-    """x0 ~ q(x0 | y) by `steps` evaluations of the denoiser; y (B, ...) -> x0 (B, ...). y = 0 samples the prior."""
-    shape = denoiser.corruption.clean_shape(y)
+    """x0 ~ q(x0 | y) by `steps` evaluations of the denoiser; y (B, C + 1, H, W) -> (B, C, H, W). y = 0 samples the prior."""
+    shape = [y.shape[0], y.shape[1] - 1, y.shape[2], y.shape[3]]
     xt = denoiser.sigma_max * torch.randn(shape, generator=generator, device=y.device)
     before = torch.zeros_like(xt)
     for sigma, a, b, c, d in sampler(method, steps, denoiser.sigma_min, denoiser.sigma_max):
@@ -650,114 +856,6 @@ def sample(denoiser: Denoiser, y: Tensor, steps: int, method: str, generator: to
         xt = a * xt + b * x0 + c * before + d * randn_like(xt, generator)
         before = x0
     return xt
-
-
-# ---- The start of EM: a Gaussian prior, fitted to the observations by EM itself -------------------------------------
-
-
-@dataclass
-class GaussianPrior:
-    """x ~ N(mean, U U^T + psi I), with posterior draws given y of any linear corruption."""
-
-    mean: Tensor  # the shape of one x, of d values
-    U: Tensor  # (d, rank)
-    psi: float
-    corruption: Corruption
-
-    def sample(self, number: int, generator: torch.Generator) -> Tensor:
-        """(number, ...)."""
-        z = torch.randn(number, self.U.shape[1], generator=generator, device=self.U.device)
-        eps = torch.randn(number, *self.mean.shape, generator=generator, device=self.U.device)
-        return self.mean + (z @ self.U.T).view_as(eps) + math.sqrt(self.psi) * eps
-
-    def covariance(self, x: Tensor) -> Tensor:
-        """(U U^T + psi I) x for each of (B, ...)."""
-        return (x.flatten(1) @ self.U @ self.U.T).view_as(x) + self.psi * x
-
-    def posterior(self, y: Tensor, generator: torch.Generator) -> Tensor:
-        """A draw x ~ p(x | y) for each of y (B, ...), by Matheron's rule:
-
-        x' ~ prior,  y' ~ Q(. | x'),  x = x' + Sigma A^T (A Sigma A^T + s^2 I)^-1 (y - y')
-        """
-        corruption, draws = self.corruption, []
-        inverse = None if corruption.hides() else self.inverse(torch.ones_like(y[:1], device=generator.device))
-        for part in y.split(1024):
-            part = part.to(generator.device)
-            x = self.sample(len(part), generator)
-            _, adjoint = torch.func.vjp(lambda x: corruption.measure(x, part), x)  # A^T, from autograd
-
-            def operator(v: Tensor) -> Tensor:
-                return corruption.measure(self.covariance(adjoint(v)[0]), part) + corruption.noise_variance() * v
-
-            residual = corruption.value(part) - corruption.value(corruption.observe(x, part, generator))
-            draws.append((x + self.covariance(adjoint(conjugate_gradients(operator, residual, inverse))[0])).to(y.device))
-        return torch.cat(draws)
-
-    def inverse(self, y: Tensor):
-        """About (A Sigma A^T + s^2 I)^-1, for an A that hides nothing of y (1, ...): with c I in place of psi A A^T + s^2 I.
-
-        Sigma's largest variances are a million times s^2, and without it conjugate gradients for a blur do not converge.
-        """
-        # W = (A U)^T,  L L^T = W W^T + c I,  V = L^-1 W,  (W^T W + c I)^-1 = (I - V^T V) / c  (Woodbury)
-        columns = self.U.T.reshape(-1, *self.mean.shape)
-        W = self.corruption.measure(columns, y.expand(len(columns), *y.shape[1:])).flatten(1)  # (rank, m)
-        c = self.psi + self.corruption.noise_variance() + 1e-6 * float(self.U.square().sum())  # float32 is not more exact
-        L = torch.linalg.cholesky(W @ W.T + c * torch.eye(len(W), device=W.device))
-        V = torch.linalg.solve_triangular(L, W, upper=False)  # (rank, m)
-        return lambda v: (v - (v.flatten(1) @ V.T @ V).view_as(v)) / c
-
-
-def conjugate_gradients(operator, b: Tensor, inverse=None, tolerance: float = 1e-3, most: int = 100) -> Tensor:
-    """Solves operator(v) = b, symmetric and positive, for each of b (B, ...): until every residual's norm is below
-    `tolerance` of b's, or for `most` iterations. inverse: about that of the operator, the preconditioner."""
-
-    def dot(u: Tensor, v: Tensor) -> Tensor:
-        return (u * v).flatten(1).sum(1).view(-1, *[1] * (b.ndim - 1)).clamp_min(1e-30)
-
-    v, r, p, rz = torch.zeros_like(b), b, 0.0, 1.0  # so that the first p is z
-    goal = (tolerance**2 * dot(b, b)).clamp_min(1e-30)
-    for _ in range(most):
-        if (dot(r, r) <= goal).all():
-            break
-        z = inverse(r) if inverse else r
-        rz, before = dot(r, z), rz
-        p = z + rz / before * p
-        Ap = operator(p)
-        alpha = rz / dot(p, Ap)
-        v, r = v + alpha * p, r - alpha * Ap
-    return v
-
-
-def principal_components(x: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor, float]:
-    """mean, U, psi of the likeliest N(mean, U U^T + psi I) for samples x (N, ...) (Tipping & Bishop 1999)."""
-    mean, flat = x.mean(0), (x - x.mean(0)).flatten(1)
-    (N, d), rank = flat.shape, min(rank, flat.shape[1] - 1, len(x) - 1)
-    with torch_seeded_by(generator):
-        _, singular, V = torch.svd_lowrank(flat, q=min(rank + 8, N, d), niter=2)
-    variance = singular[:rank].square() / N
-    # psi = the mean of the variances left out,  U = V (variance - psi)^(1/2)
-    psi = ((flat.square().sum() / N - variance.sum()) / (d - rank)).clamp_min(1e-6)
-    return mean, V[:, :rank] * (variance - psi).clamp_min(0).sqrt(), float(psi)
-
-
-def fit_prior(y: Tensor, corruption: Corruption, rank: int, laps: int, generator: torch.Generator) -> GaussianPrior:
-    """EM on observations y (N, ...), from N(0, I): draw every x given its y, fit the Gaussian to the draws, repeat.
-
-    A corruption that is not linear counts as white noise, as large as the error it makes on draws from the Gaussian that is
-    fitted to the observations as if they were clean. (To start from x = y would teach nothing: to compress a JPEG image
-    once more changes nothing.)
-    """
-    if not corruption.linear:
-        naive = GaussianPrior(*principal_components(corruption.value(y), rank, generator), corruption)
-        x = naive.sample(1024, generator)
-        error = corruption.value(corruption(x, generator)) - x
-        corruption = Noise(max(1e-3, float(error.square().mean().sqrt())))
-    shape = corruption.clean_shape(y[:1])[1:]
-    mean = torch.zeros(shape, device=y.device)
-    prior = GaussianPrior(mean, torch.zeros(mean.numel(), 1, device=y.device), 1.0, corruption)
-    for _ in range(laps):
-        prior = GaussianPrior(*principal_components(prior.posterior(y, generator), rank, generator), corruption)
-    return prior
 
 
 # ---- Expectation maximisation ---------------------------------------------------------------------------------------
@@ -773,7 +871,7 @@ class State:
     optimizer: torch.optim.Optimizer
     losses: Tensor  # (steps,) of this lap
     sample_batch: int  # reconstructions to draw at once
-    prior: GaussianPrior | None = None  # in lap 0 alone
+    prior: Gaussian | None = None  # in lap 0 alone
     lap: int = 0
     step: int = 0  # optimiser steps done in this lap
     drawn: int = 0  # reconstructions drawn in this lap
@@ -790,13 +888,17 @@ class State:
             raise DiffEMError(f"the loss is not finite in lap {self.lap}, step {int(bad[0]) + 1}: a lower --lr may help")
 
 
-def new_state(x0: Tensor, y_shape: list, corruption: Corruption, config: Config, device=None) -> State:
-    """The state before the first lap, with a new network on the device (default: that of x0 (N, ...))."""
-    device = torch.device(device or x0.device)
+def new_denoiser(gaussian: Gaussian, corruption: Corruption, config: Config, device) -> Denoiser:
     with torch_seeded_by(generator_for("cpu", config.seed, 0, 2)):
-        denoiser = Denoiser(list(x0.shape[1:]), y_shape, corruption, config)
+        denoiser = Denoiser(gaussian, corruption, config)
     denoiser.to(device).network.to(memory_format=torch.channels_last)  # the faster one for convolutions
-    denoiser.bfloat16 = config.bfloat16(device)
+    denoiser.bfloat16 = config.bfloat16(torch.device(device))
+    return denoiser
+
+
+def new_state(x0: Tensor, denoiser: nn.Module, config: Config) -> State:
+    """The state before the first lap, of reconstructions x0 (N, ...) and a denoiser that is on the device to compute on."""
+    device = next(denoiser.parameters()).device
     average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
     if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
         denoiser.network.compile()
@@ -818,10 +920,13 @@ def em(y: Tensor, corruption: Corruption, config: Config, state: State | None = 
     corruption = corruption.to(device)
     if state is None:
         generator = generator_for(device, config.seed, 0, 1, rank)
-        prior = fit_prior(y[:4096].to(device), corruption, config.prior_rank, config.prior_laps, generator)  # enough for it
-        x0 = prior.posterior(y, generator)
+        prior = start(y, corruption, config, generator)
+        x0 = prior.draw(y, corruption, generator)
         x0 = x0.half() if x0.is_cuda else x0  # for the sake of the GPU's memory
-        state = new_state(x0, list(y.shape[1:]), corruption, config, device)
+        gaussian = Gaussian(list(x0.shape[1:]), power=1.0).to(device).fit(random_images(x0, 4096, generator), generator)
+        for buffer in (*gaussian.buffers(), *corruption.buffers()) if size > 1 else ():
+            dist.broadcast(buffer, 0)  # one denoiser for all
+        state = new_state(x0, new_denoiser(gaussian, corruption, config, device), config)
         state.prior, state.drawn = prior, len(y)
         yield state
     while state.lap < config.laps or state.drawn < len(y):
@@ -849,8 +954,7 @@ def batch_loss(state: State, corruption: Corruption, config: Config, generator: 
     """Eq. 10, the mean over a batch of reconstructions, or over this process's share of it, corrupted afresh."""
     device = generator.device
     x0 = random_images(state.x0, config.batch // ranks()[1], generator)
-    x0 = augment(x0, config, generator) if x0.ndim == 4 else x0
-    y = corruption(x0, generator)
+    y = corruption(x0 := augment(x0, config, generator), generator)
     blank = torch.rand(len(y), generator=generator, device=device) < config.blank
     y = y.masked_fill(blank.view(-1, *[1] * (y.ndim - 1)), 0)
     if not corruption.hides():  # as many lose a part, for the sake of `judge`
@@ -859,7 +963,7 @@ def batch_loss(state: State, corruption: Corruption, config: Config, generator: 
     sigma = random_noise_level(len(y), config, generator)
     state.denoiser.train()
     with torch_seeded_by(generator):  # for dropout
-        return denoising_loss(state.denoiser, x0, y, sigma, generator).mean()
+        return state.denoiser.loss(x0, y, sigma, generator).mean()
 
 
 def random_images(x0: Tensor, number: int, generator: torch.Generator) -> Tensor:
@@ -904,7 +1008,8 @@ def e_step(state: State, y: Tensor, config: Config, generator: torch.Generator) 
 
 
 def augment(x0: Tensor, config: Config, generator: torch.Generator) -> Tensor:
-    """Mirrored images, and slightly other hues (up to 0.01 of a turn) and saturations (up to 5 %), as in the paper."""
+    """Mirrored images, slightly other hues (up to 0.01 of a turn) and saturations (up to 5 %), as in the paper; a smaller copy,
+    by a factor down to 1/2 for the whole batch; squares cut out at random places."""
     mirror, turn, saturation = torch.rand(3, len(x0), 1, 1, 1, generator=generator, device=x0.device)
     if config.flip:
         x0 = torch.where(mirror < 0.5, x0.flip(3), x0)
@@ -914,12 +1019,19 @@ def augment(x0: Tensor, config: Config, generator: torch.Generator) -> Tensor:
         chroma, angle = x0 - grey, 0.02 * math.pi * (2 * turn - 1)
         cross = (chroma.roll(1, 1) - chroma.roll(-1, 1)) / math.sqrt(3)
         x0 = grey + (0.95 + 0.1 * saturation) * (angle.cos() * chroma + angle.sin() * cross)
+    if config.rescale:
+        factor = 1 - torch.rand(1, generator=generator, device=x0.device).item() / 2
+        x0 = F.interpolate(x0, scale_factor=factor, mode="bicubic", antialias=True)
+    if config.crop:
+        # The corruption's blocks then lie elsewhere on each image, so that what they leave at one place is learnt at another
+        top, left = [torch.randint(n - config.crop + 1, (len(x0), 1, 1, 1), generator=generator, device=x0.device) for n in x0.shape[2:]]
+        i = torch.arange(config.crop, device=x0.device)
+        x0 = x0.take_along_dim(top + i[:, None], 2).take_along_dim(left + i, 3)
     return x0
 
 
 def fit(y: Tensor, corruption: Corruption, config: Config, device=None) -> Denoiser:
-    """Learns from observations y ~ Q(. | x0) alone, (N, C + 1, H, W) or (N, m, d + 1), the model with which `sample`
-    restores them. Same seed and device, same result. Raises DiffEMError where the loss is not finite."""
+    """Learns from observations y ~ Q(. | x0) alone, (N, C + 1, H, W), the model with which `sample` restores them. Same seed and device, same result. Raises DiffEMError where the loss is not finite."""
     for state in em(y, corruption, config, device=device):
         pass
     return state.model
@@ -932,7 +1044,7 @@ def fit(y: Tensor, corruption: Corruption, config: Config, device=None) -> Denoi
 class Settings(Config):
     """All that describes a run of the command line: one field, one flag, but for `parameters`."""
 
-    dataset: str = setting("digits", "digits, manifold, mnist, fashion_mnist, cifar10, celeba, folder, observations")
+    dataset: str = setting("digits", "digits, mnist, fashion_mnist, cifar10, celeba, folder, observations")
     observations: str = setting("", "a folder of images that are observations, for --corruption to undo; a pixel is missing "
                                 "where it is transparent, or NaN in an .npy")  # fmt: skip
     masks: str = setting("", "for observations: a folder of images named like them, black where a pixel is missing")
@@ -954,9 +1066,6 @@ class Settings(Config):
         super().__post_init__()
         few = min(self.held_out - (self.dataset not in ("folder", "observations")), self.samples - 2, self.limit, self.patience)
         require(few >= 0, "held_out takes 1 or more (folder, observations: or 0), samples 2, limit and patience 0")
-        require((self.dataset == "manifold") == (self.corruption == "projection"),
-                f"the corruption {self.corruption} does not go with {self.dataset}: projection is for vectors, all else "
-                "for images")  # fmt: skip
         require((self.dataset == "observations") == bool(self.observations), "--observations FOLDER is the data set")
         both = ["folder", "observations"]
         own = {"image_size": ["folder", "celeba"], "masks": ["observations"], "grey": both, "skip_bad_images": both}
@@ -965,31 +1074,27 @@ class Settings(Config):
 
 
 SMALL = dict(channels=(16, 32, 64), blocks=2, steps=1000, ema=0.995, laps=8, sample_batch=256, prior_rank=64, prior_laps=16)
+PHOTOS = SMALL | dict(flip=True, smoothness=3.0, prior_laps=8)
 PUBLISHED = dict(
     blocks=5, dropout=0.1, laps=20, steps=50_000, batch=256, ema=0.9999, flip=True, jitter=True, method="ddpm",
-    sample_steps=256, first_sample_steps=256, sample_batch=1024, prior_laps=16,
+    sample_steps=256, first_sample_steps=256, prior_steps=256, sample_batch=1024, smoothness=3.0,
 )  # fmt: skip
 # What each data set changes of the defaults above, which are the digits' own
 PRESETS = {
     ("digits", "small"): dict(parameters=dict(rate=0.5)),
-    ("manifold", "small"): dict(
-        corruption="projection", channels=(256, 256, 256), laps=60, steps=200, batch=1024, ema=0.98,
-        sigma_max=10.0, method="ddpm", sample_steps=16, first_sample_steps=4, sample_batch=16384, prior_rank=4, prior_laps=16,
-        held_out=4096, samples=2,
-    ),
     ("mnist", "small"): SMALL | dict(limit=10_000),
     ("fashion_mnist", "small"): SMALL | dict(limit=10_000, flip=True),
-    ("cifar10", "small"): SMALL | dict(limit=10_000, flip=True),
+    ("cifar10", "small"): PHOTOS | dict(limit=10_000),
     ("cifar10", "published"): PUBLISHED | dict(channels=(128, 256, 384), attention=(1,), lr=2e-4, prior_rank=64),
-    ("celeba", "small"): SMALL | dict(channels=(16, 32, 64, 128), limit=10_000, flip=True, image_size=64),
+    ("celeba", "small"): PHOTOS | dict(channels=(16, 32, 64, 128), limit=10_000, image_size=64),
     ("celeba", "published"): PUBLISHED | dict(
         channels=(128, 256, 384, 512), blocks=3, attention=(3,), lr=1e-4, sample_batch=512, prior_rank=1024, image_size=64,
     ),
-    ("folder", "small"): SMALL | dict(flip=True),
-    ("observations", "small"): SMALL | dict(flip=True, held_out=0),
+    ("folder", "small"): PHOTOS,
+    ("observations", "small"): PHOTOS | dict(held_out=0),
 }  # fmt: skip
 SHAPES = {  # of one x0, and how many there are
-    "digits": ([1, 8, 8], 1797), "manifold": ([5], 16384), "mnist": ([1, 28, 28], 60_000),
+    "digits": ([1, 8, 8], 1797), "mnist": ([1, 28, 28], 60_000),
     "fashion_mnist": ([1, 28, 28], 60_000), "cifar10": ([3, 32, 32], 50_000), "celeba": ([3, 64, 64], 162_770),
 }  # fmt: skip
 
@@ -998,12 +1103,9 @@ SHAPES = {  # of one x0, and how many there are
 
 
 def load_data(settings: Settings) -> tuple[Tensor, Tensor]:
-    """Clean x0 to train on and to hold out, in an order that the seed decides: (N, C, H, W) in [-2, 2], or (N, 5)."""
+    """Clean x0 to train on and to hold out, in an order that the seed decides: (N, C, H, W) in [-2, 2]."""
     name, held_out = settings.dataset, settings.held_out
     generator = generator_for("cpu", settings.seed, 0, 4)
-    if name == "manifold":
-        t = torch.rand((settings.limit or SHAPES[name][1]) + held_out, generator=generator)
-        return manifold(t[held_out:], settings.seed), manifold(t[:held_out], settings.seed)
     if name == "folder":
         x0 = read_images(chosen(image_files(settings), settings, generator), settings)[:, :-1]
     elif name == "digits":
@@ -1028,16 +1130,6 @@ def split(images: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
     held_out = held_out or max(len(images) // 20, min(256, len(images) // 5))
     require(len(images) > held_out, f"{len(images)} images are too few to hold out {held_out} (--held-out) and train on the rest")
     return images[held_out:], images[:held_out]
-
-
-def manifold(t: Tensor, seed: int) -> Tensor:
-    """Points of a smooth random closed curve in R^5, each coordinate from -2 to 2: t (N,) in [0, 1) -> (N, 5)."""
-    # x_j(t) = sum_k a_jk cos(2 pi (k t + phase_jk)),  a_jk ~ U(0, 1) / k^3,  k = 1 .. 10, then rescaled
-    k = torch.arange(1.0, 11)
-    a, phase = torch.rand(2, 5, 1, 10, generator=generator_for("cpu", seed, 0, 5))
-    dense = torch.linspace(0, 1, 20_001)[:-1]
-    x, curve = ((a / k**3 * torch.cos(2 * math.pi * (k * u[:, None] + phase))).sum(2).T for u in (t, dense))
-    return 4 * (x - curve.amin(0)) / (curve.amax(0) - curve.amin(0)) - 2
 
 
 def torchvision_images(settings: Settings) -> tuple[Tensor, Tensor]:
@@ -1192,17 +1284,6 @@ def ssim(x: Tensor, x0: Tensor) -> float:
     return float((luminance * (2 * (xy - mean * mean0) + c2) / (xx - mean**2 + yy - mean0**2 + c2)).mean())
 
 
-def sliced_wasserstein(x: Tensor, x0: Tensor, generator: torch.Generator, directions: int = 256) -> float:
-    """The 2-Wasserstein distance of projections of x and x0, both (N, d), root mean square over random directions."""
-    u = F.normalize(torch.randn(x.shape[1], directions, generator=generator, device=x.device), dim=0)
-    return float(((x @ u).sort(0).values - (x0 @ u).sort(0).values).square().mean().sqrt())
-
-
-def distance_to_curve(x: Tensor, curve: Tensor) -> float:
-    """The mean distance of points (N, d) from the nearest of the curve's (M, d)."""
-    return float(torch.cat([torch.cdist(part, curve).amin(1) for part in x.split(512)]).mean())
-
-
 @torch.no_grad()
 def evaluate(state: State, y: Tensor, x0: Tensor | None, corruption: Corruption, settings: Settings) -> tuple[dict, dict]:
     """Metrics on held-out observations y, with their truth x0 if it is known, and the samples they were taken from.
@@ -1215,29 +1296,25 @@ def evaluate(state: State, y: Tensor, x0: Tensor | None, corruption: Corruption,
 
     def draw(y: Tensor) -> Tensor:
         if state.prior:
-            return state.prior.posterior(y, generator)
-        parts = y.split(state.sample_batch)
-        return torch.cat([sample(state.model, p, settings.sample_steps, settings.method, generator) for p in parts])
+            return state.prior.draw(y, corruption, generator)
+        steps = settings.sample_steps if y.any() else settings.prior_steps
+        return torch.cat([sample(state.model, part, steps, settings.method, generator) for part in y.split(state.sample_batch)])
 
     x = torch.stack([draw(y) for _ in range(settings.samples)])  # (samples, B, ...)
     prior = state.prior.sample(len(y), generator) if state.prior else draw(torch.zeros_like(y))
     samples = dict(x=x, mean=x.mean(0), std=x.std(0), prior=prior)
-    error = corruption.value(y) - corruption.measure(x[0], y)  # 0 where nothing was observed
-    observed = y[:, -1:].expand_as(error).sum().clamp_min(1) if y.ndim == 4 else error.numel()
+    error = y[:, :-1] - y[:, -1:] * corruption.A(x[0])  # 0 where nothing was observed
+    observed = y[:, -1:].expand_as(error).sum().clamp_min(1)
     residual = float((error.square().sum() / observed).sqrt()) / (corruption.noise or 4 / 255)
     metrics = dict(residual=residual, spread=float(samples["std"].square().mean().sqrt()))
-    if y.ndim == 4 and x0 is not None:
+    if x0 is not None:
         metrics |= dict(psnr=psnr(x[0], x0), psnr_mean=psnr(samples["mean"], x0))
         metrics |= dict(ssim=ssim(x[0], x0), ssim_mean=ssim(samples["mean"], x0))
-    elif y.ndim < 4:
-        curve = manifold(torch.linspace(0, 1, 20_001)[:-1], settings.seed).to(y.device)
-        metrics |= dict(wasserstein=sliced_wasserstein(x[0], x0, generator), to_curve=distance_to_curve(x[0], curve))
-        metrics |= dict(wasserstein_prior=sliced_wasserstein(prior, x0, generator))
     if not state.prior:
         fresh = corruption(x[0], generator)
         for sigma in (s for s in (0.01, 0.1, 1.0, 10.0, 100.0) if settings.sigma_min <= s <= settings.sigma_max):
             level = torch.full(y.shape[:1], sigma, device=y.device)
-            metrics[f"loss_{sigma:g}"] = float(denoising_loss(state.model, x[0], fresh, level, generator).mean())
+            metrics[f"loss_{sigma:g}"] = float(state.model.loss(x[0], fresh, level, generator).mean())
     return metrics, samples
 
 
@@ -1260,7 +1337,7 @@ def judge(state: State, y: Tensor, corruption: Corruption, settings: Settings) -
 
     def draw(y: Tensor) -> Tensor:
         if state.prior:
-            return state.prior.posterior(y, generator)
+            return state.prior.draw(y, corruption, generator)
         return torch.cat([sample(state.model, part, steps, "sde2m", generator) for part in y.split(state.sample_batch)])
 
     lap = 3 * settings.steps * settings.batch + len(state.x0) * ranks()[1] * settings.sample_steps  # evaluations
@@ -1269,7 +1346,7 @@ def judge(state: State, y: Tensor, corruption: Corruption, settings: Settings) -
     rest = hide(seen, share, corruption.cell, generator)
     hidden = seen[:, -1:] - rest[:, -1:]  # (n, 1, H, W)
     x = draw(rest.repeat(draws, 1, 1, 1))
-    v, X = corruption.value(seen), corruption.value(corruption.observe(x, seen.repeat(draws, 1, 1, 1), generator))
+    v, X = seen[:, :-1], corruption.observe(x, seen[:, -1:].repeat(draws, 1, 1, 1), generator)[:, :-1]
     X = X.view(draws, *v.shape)
     values = (hidden.flatten(1).sum(1) * v.shape[1]).clamp_min(1)  # (n,): how many are hidden
     rank = (X < v).sum(0) + (X == v).sum(0) / 2  # 0 .. draws
@@ -1280,9 +1357,9 @@ def judge(state: State, y: Tensor, corruption: Corruption, settings: Settings) -
     energy = torch.cdist(X, v).mean((1, 2)) - torch.cdist(X, X).sum((1, 2)) / (2 * draws * (draws - 1))
     energy = (energy / values.sqrt())[hidden.flatten(1).any(1)]
     new = state.prior.sample(len(y), generator) if state.prior else draw(torch.zeros_like(y))
-    mean, U, _ = principal_components(corruption.value(y), 32, generator)
-    sets = torch.stack([corruption.value(corruption(new, generator)), corruption.value(y)]) - mean
-    sets = sets.flatten(2) @ F.normalize(U, dim=0)
+    components = Gaussian(list(new.shape[1:]), 32).to(y.device).fit(y[:, :-1], generator)
+    sets = torch.stack([transform(v[:, :-1], 0).flatten(1) for v in (corruption(new, generator), y)])
+    sets = sets @ F.normalize(components.U, dim=0)
     scores |= dict(energy=float(energy.mean()), frechet=float(frechet_distance(*sets)))
     return scores, dict(energy=energy, sets=sets)
 
@@ -1323,11 +1400,11 @@ def keep(lap: int, weights: dict, parts: dict, best: dict | None) -> dict:
 # ---- Pictures -------------------------------------------------------------------------------------------------------
 
 
-def picture_images(path: Path, y: Tensor, x0: Tensor | None, samples: dict, corruption: Corruption) -> None:
+def picture_images(path: Path, y: Tensor, x0: Tensor | None, samples: dict) -> None:
     """Rows: observation, two posterior samples, posterior mean and standard deviation, truth; samples of the prior."""
     from matplotlib.figure import Figure
 
-    observed = corruption.value(y).expand(-1, 3 if y.shape[1] == 2 else -1, -1, -1)
+    observed = y[:, :-1].expand(-1, 3 if y.shape[1] == 2 else -1, -1, -1)
     if observed.shape[1] == 3:
         red = torch.tensor([1.2, -0.8, -0.8], device=y.device).view(3, 1, 1)
         observed = torch.where(y[:, -1:] > 0, observed, red)
@@ -1343,25 +1420,12 @@ def picture_images(path: Path, y: Tensor, x0: Tensor | None, samples: dict, corr
     figure.savefig(path, dpi=100)
 
 
-def picture_vectors(path: Path, x0: Tensor, samples: dict) -> None:
-    """Two pairs of coordinates of the truth, the posterior samples and samples of the prior."""
-    from matplotlib.figure import Figure
-
-    figure = Figure((10, 7), layout="constrained")
-    clouds = {"truth": x0, "posterior samples": samples["x"][0], "prior samples": samples["prior"]}
-    for line, (i, j) in zip(figure.subplots(2, 3, sharex=True, sharey=True), ((0, 1), (2, 3))):
-        for axis, (label, x) in zip(line, clouds.items()):
-            axis.plot(*x[:2000, [i, j]].T.cpu().numpy(), ".", markersize=1)
-            axis.set(title=label, xlabel=f"x{i + 1}", ylabel=f"x{j + 1}")
-    figure.savefig(path, dpi=100)
-
-
 def picture_curves(path: Path, history: list[dict]) -> None:
     """The metrics, and the held-out loss by noise level, against the lap."""
     from matplotlib.figure import Figure
 
     names = history[-1].keys()
-    groups = [("psnr", "psnr_mean", "wasserstein", "to_curve"), ("energy", "frechet", "spread", "covers_90")]
+    groups = [("psnr", "psnr_mean"), ("energy", "frechet", "spread", "covers_90")]
     panels = [[k for k in names if k in group] for group in groups] + [[k for k in names if "loss_" in k]]
     panels = [keys for keys in panels if keys]
     figure = Figure((5 * len(panels), 4), layout="constrained")
@@ -1384,7 +1448,7 @@ def save_checkpoint(folder: Path, state: State, settings: Settings, data: str, b
     if ranks()[0] > 0:
         return
     checkpoint = dict(
-        settings=asdict(settings), data=data, best=best, y_shape=state.denoiser.y_shape, lap=state.lap, step=state.step,
+        settings=asdict(settings), data=data, best=best, x_shape=state.denoiser.x_shape, lap=state.lap, step=state.step,
         drawn=len(x0) if state.drawn == len(state.x0) else state.drawn, x0=x0, losses=state.losses,
         denoiser=state.denoiser.state_dict(), average=state.average.state_dict(), optimizer=state.optimizer.state_dict(),
     )  # fmt: skip
@@ -1430,7 +1494,10 @@ def restore_state(checkpoint: dict, corruption: Corruption, config: Config, devi
     rank, size = ranks()
     try:
         x0 = checkpoint["x0"][rank::size].to(data_device)
-        state = new_state(x0, checkpoint["y_shape"], corruption, config, device)
+        for name in ("w", "gain"):
+            setattr(corruption, name, checkpoint["denoiser"][f"corruption.{name}"])
+        denoiser = new_denoiser(Gaussian(checkpoint["x_shape"]), corruption.to(device), config, device)
+        state = new_state(x0, denoiser, config)
         state.denoiser.load_state_dict(checkpoint["denoiser"])
         state.average.load_state_dict(checkpoint["average"])
         state.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -1494,14 +1561,15 @@ def fidelity(folder: Path, reference: Path, start: dict) -> dict:
 def evaluate_run(settings: Settings, start: dict, corruption: Corruption) -> int:
     """Writes posterior and prior samples of a run as PNG, and prints the standard metrics of them."""
     folder, device, number = Path(start["evaluate"]), start["device"], start["num_samples"]
-    require(settings.dataset != "manifold" and number >= 2, "--evaluate takes a run on images, and 2 samples or more")
+    require(number >= 2, "--evaluate takes 2 samples or more")
     model = best_model(start["checkpoint"], corruption, device)
     y, held_out, truth = observe(settings, corruption)
     y, generator = torch.cat([held_out, y])[:number], generator_for(device, settings.seed, 0, 7)
 
     def draw(y: Tensor) -> Tensor:
         parts = tqdm(y.split(settings.sample_batch), desc="sampling", leave=False, disable=None)
-        return torch.cat([sample(model, p.to(device), settings.sample_steps, settings.method, generator).cpu() for p in parts])
+        steps = settings.sample_steps if y.any() else settings.prior_steps
+        return torch.cat([sample(model, part.to(device), steps, settings.method, generator).cpu() for part in parts])
 
     sets = dict(posterior=draw(y), prior=draw(torch.zeros_like(y[:1]).expand(number, -1, -1, -1)))
     for name, x in sets.items():
@@ -1649,7 +1717,7 @@ def shape_and_number(settings: Settings, corruption: Corruption) -> tuple[list, 
     """Of the images that a run trains on: of named data sets without reading them."""
     if settings.dataset not in SHAPES:
         y, _, _ = observe(settings, corruption)
-        return corruption.clean_shape(y)[1:], len(y)
+        return [y.shape[1] - 1, *y.shape[2:]], len(y)
     (channels, *size), number = SHAPES[settings.dataset]
     number -= settings.held_out if settings.dataset == "digits" else 0  # the others have a test set
     return [channels, *([settings.image_size] * 2 if settings.image_size else size)], min(number, settings.limit or number)
@@ -1666,7 +1734,7 @@ def cost(settings: Settings, corruption: Corruption, shape: list, number: int) -
 
     y_shape, saved = list(corruption(torch.zeros(1, *shape), torch.Generator()).shape[1:]), []
     with torch.device("meta"):
-        denoiser = Denoiser(shape, y_shape, corruption, settings)
+        denoiser = Denoiser(Gaussian(shape), corruption, settings)
         inputs = torch.zeros(2, *shape), torch.ones(2), torch.zeros(2, *y_shape)
     with FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
@@ -1705,18 +1773,14 @@ def report(
     metrics, samples = evaluate(state, *held_out, corruption, settings)
     if state.lap:
         metrics = {"loss": float(state.losses.mean())} | metrics
-    if held_out[0].ndim == 4:
-        scores, parts = judge(state, held_out[0], corruption, settings)
-        metrics |= scores
-        if state.lap:
-            best = keep(state.lap, state.average.state_dict(), parts, best)
+    scores, parts = judge(state, held_out[0], corruption, settings)
+    metrics |= scores
+    if state.lap:
+        best = keep(state.lap, state.average.state_dict(), parts, best)
     history.append({"lap": state.lap} | {name: round(value, 5) for name, value in metrics.items()})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
     picture = folder / f"lap_{state.lap:02d}.png"
-    if samples["mean"].ndim == 4:
-        picture_images(picture, *held_out, samples, corruption)
-    else:
-        picture_vectors(picture, held_out[1], samples)
+    picture_images(picture, *held_out, samples)
     picture_curves(folder / "curves.png", history)
     shown = {name: value for name, value in metrics.items() if not name.startswith("loss_")}
     return f"lap {state.lap}/{settings.laps}  " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items()), best

@@ -24,7 +24,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 sys.path.insert(0, str(ROOT))
-import baselines  # noqa: E402
+try:
+    import baselines  # noqa: E402
+except ImportError:
+    baselines = None
 
 import diffem  # noqa: E402
 import export  # noqa: E402
