@@ -186,12 +186,18 @@ def randn_like(x: Tensor, generator: torch.Generator) -> Tensor:
 # T turns colours by O, then takes the DCT of each block of n x n pixels: 1 (none), 8 (JPEG), or the whole image.
 
 
+def fractions(size: int, device: torch.device) -> Tensor:
+    """(size,): 0, 1 / size, 2 / size, .. (divided by a tensor, since ONNX would take no number that depends on an input's size)."""
+    i = torch.arange(size, device=device)
+    return i / (i[-1:] + 1)
+
+
 def dct(block: int, size: int, device: torch.device) -> Tensor:
     """(size, size), orthonormal: DCT-II matrices of `block` (0: size) along the diagonal, the last one smaller where it must."""
-    block = block if block > 0 else size
     i = torch.arange(size, device=device)
-    k = i % block  # the place within the block, and the frequency
-    n = (size - i + k).clamp_max(block)[:, None]
+    k = i % block if block > 0 else i  # the place within the block, and the frequency
+    n = i[-1:] + 1 - i + k
+    n = (n.clamp_max(block) if block > 0 else n)[:, None]
     # D_ki = sqrt(2 / n) cos(pi k (i + 1/2) / n), and sqrt(1 / n) where k = 0
     D = ((1 + (k > 0).float()[:, None]) / n).sqrt() * torch.cos(math.pi * k[:, None] * (k + 0.5) / n)
     return D * ((i - k)[:, None] == i - k)
@@ -303,8 +309,8 @@ class Linear(Corruption):
 
 def tiled(table: Tensor, y: Tensor) -> Tensor:
     """table (C, n, n), of each block of n x n values: (B, C, H, W), and 0 where y is masked."""
-    (H, W), n = y.shape[-2:], table.shape[-1]
-    return (y[:, -1:] * table.repeat(1, -(-H // n), -(-W // n))[:, :H, :W]).expand_as(y[:, :-1])
+    i, j = [torch.arange(n, device=y.device) % table.shape[-1] for n in y.shape[-2:]]
+    return (y[:, -1:] * table[:, i][:, :, j]).expand_as(y[:, :-1])
 
 
 def complete(y: Tensor) -> Tensor:
@@ -387,7 +393,7 @@ class Blur(Linear):
         r = torch.arange(-radius, radius + 1, device=y.device)
         kernel = torch.exp(-0.5 * (r / self.width) ** 2)
         # k_i = sum_r kernel_r cos(pi i r / n)
-        H, W = [torch.cos(math.pi / n * torch.arange(n, device=y.device)[:, None] * r) @ kernel / kernel.sum() for n in y.shape[-2:]]
+        H, W = [torch.cos(math.pi * fractions(n, y.device)[:, None] * r) @ kernel / kernel.sum() for n in y.shape[-2:]]
         return H[:, None] * W
 
     def A(self, x: Tensor) -> Tensor:
@@ -427,7 +433,11 @@ class Jpeg(Corruption):
     grey images, 128 for colour. subsampling: of the chroma, 0 none (4:4:4), 1 across (4:2:2), 2 both ways (4:2:0)."""
 
     block, cell = 8, 8
-    TO_YCC = [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]  # JFIF
+    # The left half of libjpeg's DCT matrix, times 8192 sqrt(8)
+    DCT = [[8192, 8192, 8192, 8192], [11363, 9633, 6437, 2260], [10703, 4433, -4433, -10703], [9633, -2259, -11362, -6436],
+           [8192, -8192, -8192, 8192], [6437, -11362, 2261, 9633], [4433, -10704, 10704, -4433], [2260, -6436, 9633, -11363]]  # fmt: skip
+    YCC = [[19595, 38470, 7471], [-11059, -21709, 32768], [32768, -27439, -5329]]  # its colours, times 65536
+    RGB = [[65536, 0, 91881], [65536, -22554, -46802], [65536, 116130, 0]]
 
     def __init__(self, quality: int = 20, subsampling: int = 0, tables: tuple = ()):
         super().__init__()
@@ -437,38 +447,46 @@ class Jpeg(Corruption):
         self.quality, self.subsampling, self.tables = quality, subsampling, tuple(tables)
         q = torch.tensor(tables or standard_tables(quality)).float().view(-1, 8, 8)[[0, -1, -1]]
         self.register_buffer("q", q, persistent=False)  # (3, 8, 8) of Y, Cb and Cr, in grey levels
-        self.register_buffer("ycc", torch.tensor(self.TO_YCC), persistent=False)
 
     def A(self, x: Tensor) -> Tensor:
-        H, W = x.shape[-2:]
         require(x.shape[1] in (1, 3), f"jpeg takes images of 1 or 3 channels, not {x.shape[1]}")
         pixels = ((x + 2) * (255 / 4)).clamp(0, 255).round()
         if x.shape[1] == 1:
-            return self.quantised(pixels - 128, self.q[:1]).add(128).clamp(0, 255).mul(4 / 255) - 2
-        ycc = (self.ycc @ pixels.flatten(2)).view(pixels.shape).round()  # Cb, Cr about 0
-        Y = self.quantised(ycc[:, :1] - 128, self.q[:1]) + 128
-        step = [2 if self.subsampling == 2 else 1, 2 if self.subsampling else 1]
-        chroma = F.pad(ycc[:, 1:], [0, W % step[1], 0, H % step[0]], mode="replicate")
-        # libjpeg rounds means down and up by turns, and reads the halved chroma by linear interpolation
-        chroma = F.avg_pool2d(chroma, step)
-        turns = torch.arange(chroma.shape[-1], device=x.device) % 2
-        chroma = (chroma + (0.25 * (1 + turns) if self.subsampling == 2 else 0.5 * turns)).floor() if self.subsampling else chroma
-        chroma = self.quantised(chroma, self.q[1:])
+            return (self.quantised(pixels - 128, self.q[:1]) + 128) * (4 / 255) - 2
+        ycc = self.mixed(self.YCC, pixels, torch.tensor([32768, 32767, 32767]))  # Cb and Cr about 0
+        Y, chroma = self.quantised(ycc[:, :1] - 128, self.q[:1]) + 128, ycc[:, 1:]
+        (H, W), step = x.shape[-2:], [2 if self.subsampling == 2 else 1, 2 if self.subsampling else 1]
         if self.subsampling:
-            chroma = F.interpolate(chroma, scale_factor=step, mode="bilinear")[..., :H, :W].round()
-        ycc = torch.cat([Y, chroma], 1).clamp(-128, 255)
-        pixels = (self.ycc.inverse() @ ycc.flatten(2)).view(ycc.shape).round().clamp(0, 255)
-        return pixels * (4 / 255) - 2
+            # libjpeg's halves go down and up by turns
+            chroma = F.avg_pool2d(F.pad(chroma, [0, -W % 16, 0, -H % 16], mode="replicate"), step)
+            chroma = self.by_turns(chroma, 0.25, 0.5) if step[0] == 2 else self.by_turns(chroma, 0.0, 0.5)
+        chroma = self.quantised(chroma, self.q[1:])[..., : -(-H // step[0]), : -(-W // step[1])]
+        if self.subsampling:
+            chroma = F.interpolate(chroma, scale_factor=step, mode="bilinear")[..., :H, :W]
+            chroma = self.by_turns(chroma, 0.5, 0.4375) if step[0] == 2 else self.by_turns(chroma, 0.25, 0.5)
+        return self.mixed(self.RGB, torch.cat([Y, chroma], 1), torch.tensor([32768] * 3)).clamp(0, 255) * (4 / 255) - 2
+
+    def mixed(self, matrix: list, x: Tensor, half: Tensor) -> Tensor:
+        """The colours of whole numbers x (B, 3, H, W), by a matrix in parts of 65536 of which so many are added to round."""
+        product = torch.tensor(matrix, device=x.device).double() @ x.double().flatten(2) + half.to(x.device)[:, None]
+        return (product / 65536).floor().view(x.shape).float()
+
+    def by_turns(self, x: Tensor, even: float, odd: float) -> Tensor:
+        """Rounded, with this much added in even and in odd columns."""
+        return (x + even + (odd - even) * (torch.arange(x.shape[-1], device=x.device) % 2)).floor()
 
     def quantised(self, x: Tensor, q: Tensor) -> Tensor:
         """x (B, C, H, W) in grey levels about 0, padded to whole blocks, its coefficients rounded to multiples of q (C, 8, 8)."""
         H, W = x.shape[-2:]
-        x = F.pad(x, [0, -W % 8, 0, -H % 8], mode="replicate")
-        rows, columns = (dct(8, n, x.device) for n in x.shape[-2:])
-        q = q.repeat(1, x.shape[-2] // 8, x.shape[-1] // 8)
-        t = rows @ x @ columns.T / q
-        t = t.sign() * (t.abs() + 0.5).floor()  # ties away from 0, and there are many, of whole grey levels
-        return (rows.T @ (t * q) @ columns)[..., :H, :W].clamp(-128, 127).round()
+        x = F.pad(x, [0, -W % 8, 0, -H % 8], mode="replicate").double()
+        q = q.repeat(1, x.shape[-2] // 8, x.shape[-1] // 8).double()
+        # libjpeg's whole numbers: its own DCT matrix, rows kept in quarters, coefficients in eighths; ties go away from 0
+        D = torch.tensor(self.DCT, device=x.device).double() / 8192
+        D = torch.cat([D, D.flip(1) * torch.tensor([1, -1] * 4, device=x.device)[:, None]], 1)
+        rows, columns = (torch.kron(torch.eye(n // 8, device=x.device), D) for n in x.shape[-2:])
+        t = (rows @ (4 * x @ columns.T + 0.5).floor() / 4 + 0.5).floor()
+        t = t.sign() * ((t.abs() + 4 * q) / (8 * q)).floor() * q
+        return ((4 * rows.T @ t + 0.5).floor() @ columns / 32 + 0.5).floor()[..., :H, :W].clamp(-128, 127).float()
 
 
 def standard_tables(quality: int) -> list[int]:
@@ -517,8 +535,7 @@ class Gaussian(nn.Module):
 
     def shape(self, H: int, W: int, power: Tensor) -> Tensor:
         """(1 + i^2 + j^2)^(-power / 2), with i and j counted as in images of the size that was learnt from."""
-        i = torch.arange(H, device=power.device) * (self.height / H)
-        j = torch.arange(W, device=power.device) * (self.width / W)
+        i, j = self.height * fractions(H, power.device), self.width * fractions(W, power.device)
         return torch.exp(-power / 2 * (1 + i[:, None] ** 2 + j**2).log())
 
     def spectrum(self, H: int, W: int) -> Tensor:
@@ -620,7 +637,7 @@ def interpolate(y: Tensor, mean: Tensor) -> Tensor:
     d = torch.arange(-10, 11, device=y.device)
     kernel = (d[:, None] ** 2 + d**2 + 0.3) ** -2.5
     # A convolution of the mirrored image, by the DCT:  k_ij = sum_rs kernel_rs cos(pi i r / H) cos(pi j s / W)
-    i, j = [torch.cos(math.pi / n * torch.arange(n, device=y.device)[:, None] * d) for n in (H, W)]
+    i, j = [torch.cos(math.pi * fractions(n, y.device)[:, None] * d) for n in (H, W)]
     rows, columns, known = dct(0, H, y.device), dct(0, W, y.device), y[:, -1:]
     z = torch.cat([known * (y[:, :-1] - mean), known], 1)
     z = rows.T @ (i @ kernel @ j.T * (rows @ z @ columns.T)) @ columns
@@ -769,12 +786,15 @@ class Denoiser(nn.Module):
         self.sigma_min, self.sigma_max, self.bfloat16 = config.sigma_min, config.sigma_max, False
         self.network = UNet(3 * C + 1, C, config)
 
+    def shape(self, y: Tensor) -> list[int]:
+        """Of the x that y observes."""
+        return [y.shape[0], y.shape[1] - 1, y.shape[2], y.shape[3]]
+
     def posterior(self, xt: Tensor, sigma: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """G (B, C, H, W), and c of its coefficients. sigma: (B, 1, 1, 1)."""
-        told, block = self.told, self.told.block
-        w, h = told.precision(y) + sigma**-2, told.product(y) + told.T(xt) / sigma**2
-        mean, c = self.gaussian.posterior(y, w, h, self.gaussian.mean, block, 1 if block == 0 else 4)
-        return inverse(mean, block), c
+        w, h = self.told.precision(y) + sigma**-2, self.told.product(y) + self.told.T(xt) / sigma**2
+        mean, c = self.gaussian.posterior(y, w, h, self.gaussian.mean, self.told.block, 1 if self.told.block == 0 else 4)
+        return inverse(mean, self.told.block), c
 
     def estimate(self, xt: Tensor, sigma: Tensor, y: Tensor, G: Tensor, c: Tensor) -> Tensor:
         """D, given the posterior."""
@@ -848,7 +868,7 @@ def sampler(method: str, steps: int, sigma_min: float, sigma_max: float) -> list
 @torch.no_grad()
 def sample(denoiser: Denoiser, y: Tensor, steps: int, method: str, generator: torch.Generator) -> Tensor:
     """x0 ~ q(x0 | y) by `steps` evaluations of the denoiser; y (B, C + 1, H, W) -> (B, C, H, W). y = 0 samples the prior."""
-    shape = [y.shape[0], y.shape[1] - 1, y.shape[2], y.shape[3]]
+    shape = denoiser.shape(y)
     xt = denoiser.sigma_max * torch.randn(shape, generator=generator, device=y.device)
     before = torch.zeros_like(xt)
     for sigma, a, b, c, d in sampler(method, steps, denoiser.sigma_min, denoiser.sigma_max):

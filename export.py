@@ -66,7 +66,7 @@ def torchscript(denoiser, settings):
             with torch.no_grad():
                 generator = torch.Generator(device=y.device)
                 generator.manual_seed(seed)
-                shape = self.denoiser.corruption.clean_shape(y)
+                shape = self.denoiser.shape(y)
                 xt = self.denoiser.sigma_max * torch.randn(shape, generator=generator, device=y.device)
                 before = torch.zeros_like(xt)
                 for sigma, a, b, c, d in sampler(method, steps, self.denoiser.sigma_min, self.denoiser.sigma_max):
@@ -105,11 +105,12 @@ def onnx_step(denoiser, half: bool, metadata: dict) -> bytes:
     denoiser.network.to(memory_format=torch.contiguous_format)
     if half:
         denoiser.network = Half(denoiser.network)
-    xt, before, noise = torch.zeros(3, 2, *denoiser.x_shape)  # one tensor for all three would be taken for one input
+    C, H, W = denoiser.x_shape
+    xt, before, noise = torch.zeros(3, 2, C, H, W)  # one tensor for all three would be taken for one input
     batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
     image = {0: batch, 2: height, 3: width}
     program = torch.onnx.export(
-        Step().eval(), (xt, torch.ones(2), torch.zeros(2, *denoiser.y_shape), torch.ones(4), before, noise),
+        Step().eval(), (xt, torch.ones(2), torch.zeros(2, C + 1, H, W), torch.ones(4), before, noise),
         dynamo=True, opset_version=20, verbose=False,
         input_names=["xt", "sigma", "y", "coefficients", "x0_before", "noise"], output_names=["xs", "x0"],
         dynamic_shapes=(image, {0: batch}, image, {}, image, image),
@@ -152,30 +153,27 @@ def largest_errors(denoiser, script: Path, onnx: Path) -> dict[Path, float]:
     from diffem import sample
 
     generator = torch.Generator().manual_seed(0)
-    shape = [3] + [n + 3 * i for i, n in enumerate(denoiser.x_shape)]
+    shape = [3] + [n + 3 * i for i, n in enumerate(denoiser.x_shape)]  # another height than width, and no multiple of 8
     sigma = torch.tensor([0.01, 1.0, 50.0])
-    if len(shape) == 4:
-        y = torch.randn(shape[0], shape[1] + 1, *shape[2:], generator=generator)
-        y = torch.cat([y[:, :-1], (y[:, -1:] > 0).float()], 1)
-    else:
-        y = denoiser.corruption(torch.randn(shape, generator=generator), generator)
     x, before, noise = torch.randn(3, *shape, generator=generator)
-    xt = x + sigma.view(-1, *[1] * (x.ndim - 1)) * noise
+    y = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+    if denoiser.corruption.hides():
+        y = y * (torch.rand(y[:, :1].shape, generator=generator) > 0.5)
+    xt = x + sigma.view(-1, 1, 1, 1) * noise
     with torch.no_grad():
         x0 = denoiser(xt, sigma, y)
     scripted = torch.jit.load(script)
     drawn = sample(denoiser, y, 3, "ddpm", torch.Generator().manual_seed(0))
     errors = {script: [scripted(xt, sigma, y) - x0, scripted.sample(y, 3, 0, "ddpm") - drawn]}
-    if onnx.exists():
-        a, b, c, d = coefficients = torch.tensor([0.1, 0.7, -0.2, 0.3])
-        inputs = dict(xt=xt, sigma=sigma, y=y, coefficients=coefficients, x0_before=before, noise=noise)
-        xs, estimate = Restorer(onnx, "cpu").session.run(["xs", "x0"], {name: value.numpy() for name, value in inputs.items()})
-        errors[onnx] = [torch.tensor(estimate) - x0, torch.tensor(xs) - (a * xt + b * x0 + c * before + d * noise)]
+    a, b, c, d = coefficients = torch.tensor([0.1, 0.7, -0.2, 0.3])
+    inputs = dict(xt=xt, sigma=sigma, y=y, coefficients=coefficients, x0_before=before, noise=noise)
+    xs, estimate = Restorer(onnx, "cpu").session.run(["xs", "x0"], {name: value.numpy() for name, value in inputs.items()})
+    errors[onnx] = [torch.tensor(estimate) - x0, torch.tensor(xs) - (a * xt + b * x0 + c * before + d * noise)]
     return {path: max(float(difference.abs().max()) for difference in values) for path, values in errors.items()}
 
 
 def export(folder: str, out: str | None = None, half: bool = False, own_corruption: str | None = None) -> None:
-    """Writes model.ts.pt and, for images, model.onnx (half: model.half.onnx). Each is put in its place only once it has been
+    """Writes model.ts.pt and model.onnx (half: model.half.onnx). Each is put in its place only once it has been
     held against the denoiser. Raises ExportError where it differs by more than 1e-4 (float16: 0.04, 1 % of the range)."""
     import torch
 
@@ -197,8 +195,7 @@ def export(folder: str, out: str | None = None, half: bool = False, own_corrupti
             warnings.simplefilter("ignore")  # that torch.jit is deprecated, and what torch.onnx says of its own code
             try:
                 script.write_bytes(torchscript(denoiser, settings).save_to_buffer())
-                if len(denoiser.x_shape) == 3:
-                    onnx.write_bytes(onnx_step(copy.deepcopy(denoiser), half, describe(denoiser, settings, half)))
+                onnx.write_bytes(onnx_step(copy.deepcopy(denoiser), half, describe(denoiser, settings, half)))
                 errors = largest_errors(denoiser, script, onnx)
             except OSError:
                 raise
@@ -211,8 +208,6 @@ def export(folder: str, out: str | None = None, half: bool = False, own_corrupti
         for path, error in errors.items():
             final = path.replace(path.with_suffix(""))
             print(f"{final}: {final.stat().st_size / 1e6:.1f} MB, largest error against PyTorch {error:.1e}")
-        if onnx not in errors:
-            print("no ONNX file: the preconditioning of vectors takes eigenvalues, for which ONNX has no operator")
     finally:
         script.unlink(missing_ok=True)
         onnx.unlink(missing_ok=True)

@@ -11,7 +11,29 @@ import torch
 from torch import Tensor, nn
 
 import diffem
-from diffem import Config, Corruption, Denoiser, GaussianPrior, Mask, State, conjugate_gradients
+from diffem import Config, Corruption, Denoiser, Gaussian, Mask, State
+from manifold import Projection, VectorGaussian
+
+
+def measure(corruption: Corruption, x: Tensor, y: Tensor) -> Tensor:
+    """A x, 0 where y is masked."""
+    return corruption.measure(x, y) if isinstance(corruption, Projection) else y[:, -1:] * corruption.A(x)
+
+
+def conjugate_gradients(operator, b: Tensor, iterations: int) -> Tensor:
+    """Solves operator(v) = b, symmetric and positive, for each of b (B, ...)."""
+
+    def dot(u: Tensor, v: Tensor) -> Tensor:
+        return (u * v).flatten(1).sum(1).view(-1, *[1] * (b.ndim - 1)).clamp_min(1e-30)
+
+    v, r, p, rr = torch.zeros_like(b), b, 0.0, 1.0  # so that the first p is r
+    for _ in range(iterations):
+        rr, before = dot(r, r), rr
+        p = r + rr / before * p
+        Ap = operator(p)
+        alpha = rr / dot(p, Ap)
+        v, r = v + alpha * p, r - alpha * Ap
+    return v
 
 
 class MMPS(nn.Module):
@@ -24,10 +46,10 @@ class MMPS(nn.Module):
     published for the manifold). iterations: of conjugate gradients, 1 as published for images; 0: exact, for vectors.
     """
 
-    def __init__(self, denoiser: Denoiser, corruption: Corruption, iterations: int, prior: GaussianPrior | None = None):
+    def __init__(self, denoiser: Denoiser, corruption: Corruption, iterations: int, prior: VectorGaussian | None = None):
         super().__init__()
         self.denoiser, self.corruption, self.iterations, self.prior = denoiser, corruption, iterations, prior
-        self.sigma_min, self.sigma_max = denoiser.sigma_min, denoiser.sigma_max
+        self.sigma_min, self.sigma_max, self.shape = denoiser.sigma_min, denoiser.sigma_max, denoiser.shape
 
     def forward(self, xt: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
         nothing, variance = torch.zeros_like(y), sigma.view(-1, *[1] * (xt.ndim - 1)) ** 2
@@ -47,17 +69,17 @@ class MMPS(nn.Module):
         def covariance(v: Tensor) -> Tensor:
             return variance * jacobian(v)[0] if C is None else (C @ v[..., None])[..., 0]
 
-        _, adjoint = torch.func.vjp(lambda x: self.corruption.measure(x, y), x0)
+        _, adjoint = torch.func.vjp(lambda x: measure(self.corruption, x, y), x0)
 
         def operator(v: Tensor) -> Tensor:
-            return self.corruption.noise_variance() * v + self.corruption.measure(covariance(adjoint(v)[0]), y)
+            return self.corruption.noise**2 * v + measure(self.corruption, covariance(adjoint(v)[0]), y)
 
-        residual = self.corruption.value(y) - self.corruption.measure(x0, y)
+        residual = (y[..., -1] if y.ndim == 3 else y[:, :-1]) - measure(self.corruption, x0, y)
         if self.iterations == 0:
             S = torch.stack([operator(e.expand_as(residual)) for e in torch.eye(residual.shape[1])], 2)  # (B, m, m)
             v = torch.linalg.solve(S, residual)
         else:
-            v = conjugate_gradients(operator, residual, tolerance=1e-4, most=self.iterations)
+            v = conjugate_gradients(operator, residual, self.iterations)
         return x0 + covariance(adjoint(v)[0])
 
 
@@ -65,33 +87,31 @@ class MMPSState(State):
     """A state whose E-step is guided: `em` needs no more to run EM-MMPS."""
 
     iterations: int = 1
-    gaussian: bool = False
+    gaussian: bool = False  # guided by the draws' Gaussian
     observed_by: Corruption
 
     @property
     def model(self) -> MMPS:
         denoiser, prior = self.average.module.eval(), None
         if self.gaussian:
-            generator = diffem.generator_for(self.x0.device, self.lap)
-            prior = GaussianPrior(*diffem.principal_components(self.x0, self.x0[0].numel() - 1, generator), self.observed_by)
+            prior = VectorGaussian.fit(self.x0, self.x0.shape[1] - 1)
         return MMPS(denoiser, self.observed_by, self.iterations, prior)
 
 
-def em_mmps(y: Tensor, corruption: Corruption, config: Config, iterations: int = 1, gaussian: bool = False):
-    """As `diffem.em`, from the same Gaussian start, with a denoiser that is never shown an observation."""
+def em_mmps(y: Tensor, corruption: Corruption, config: Config, iterations: int = 1, start: State | None = None):
+    """As `diffem.em`, from the same start, with a denoiser that is never shown an observation."""
     config = replace(config, blank=1.0)
-    start = next(diffem.em(y, corruption, config))
-    state = MMPSState(**vars(start))
-    state.iterations, state.gaussian, state.observed_by = iterations, gaussian, corruption
+    state = MMPSState(**vars(start or next(diffem.em(y, corruption, config))))
+    state.iterations, state.observed_by = iterations, corruption
     yield state
     yield from diffem.em(y, corruption, config, state)
 
 
-class Masked(Corruption):
+class Masked(Denoiser):
     """Preconditioning for an xt of which only the pixels are shown that y's last channel says: 0 and N(0, I) elsewhere."""
 
-    def precondition(self, xt: Tensor, sigma: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return xt / (sigma**2 + 1), (1 - y[:, -1:] / (sigma**2 + 1)).sqrt().expand_as(xt)
+    def posterior(self, xt: Tensor, sigma: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return xt / (sigma**2 + 1), (1 - y[:, -1:] / (sigma**2 + 1)).expand_as(xt)
 
 
 class AmbientDenoiser(nn.Module):
@@ -100,7 +120,7 @@ class AmbientDenoiser(nn.Module):
     def __init__(self, denoiser: Denoiser, rate: float, seed: int):
         super().__init__()
         self.denoiser, self.rate, self.seed = denoiser, rate, seed
-        self.sigma_min, self.sigma_max, self.corruption = denoiser.sigma_min, denoiser.sigma_max, denoiser.corruption
+        self.sigma_min, self.sigma_max, self.shape = denoiser.sigma_min, denoiser.sigma_max, denoiser.shape
 
     def forward(self, xt: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
         mask = Mask(self.rate).mask(xt[:1], diffem.generator_for(xt.device, self.seed)).expand(len(xt), -1, -1, -1)
@@ -113,7 +133,11 @@ def ambient(y: Tensor, rate: float, further: float, config: Config, seconds) -> 
     Each image loses a further share of its pixels, A~ = B A. The network sees A~ (x0 + sigma eps), and is to give what A shows:
         E_{A~, sigma, eps} lambda(sigma, A~) || A (D(A~ xt, sigma, A~) - x0) ||^2,  lambda = 1 / (1 - A~ / (sigma^2 + 1))
     """
-    state = diffem.new_state(y[:1, :-1], list(y.shape[1:]), Masked(), config)
+    with diffem.torch_seeded_by(diffem.generator_for("cpu", config.seed, 0, 2)):
+        denoiser = Masked(Gaussian([y.shape[1] - 1, *y.shape[2:]]), Corruption(), config)
+    denoiser.network.to(memory_format=torch.channels_last)
+    denoiser.bfloat16 = config.bfloat16(y.device)
+    state = diffem.new_state(y[:1, :-1], denoiser, config)
     step = 0
     while seconds():
         generator = diffem.generator_for(y.device, config.seed, 1, step)
