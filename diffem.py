@@ -453,7 +453,7 @@ class Jpeg(Corruption):
         pixels = ((x + 2) * (255 / 4)).clamp(0, 255).round()
         if x.shape[1] == 1:
             return (self.quantised(pixels - 128, self.q[:1]) + 128) * (4 / 255) - 2
-        ycc = self.mixed(self.YCC, pixels, torch.tensor([32768, 32767, 32767]))  # Cb and Cr about 0
+        ycc = self.mixed(self.YCC, pixels, [32768, 32767, 32767])  # Cb and Cr about 0
         Y, chroma = self.quantised(ycc[:, :1] - 128, self.q[:1]) + 128, ycc[:, 1:]
         (H, W), step = x.shape[-2:], [2 if self.subsampling == 2 else 1, 2 if self.subsampling else 1]
         if self.subsampling:
@@ -464,12 +464,12 @@ class Jpeg(Corruption):
         if self.subsampling:
             chroma = F.interpolate(chroma, scale_factor=step, mode="bilinear")[..., :H, :W]
             chroma = self.by_turns(chroma, 0.5, 0.4375) if step[0] == 2 else self.by_turns(chroma, 0.25, 0.5)
-        return self.mixed(self.RGB, torch.cat([Y, chroma], 1), torch.tensor([32768] * 3)).clamp(0, 255) * (4 / 255) - 2
+        return self.mixed(self.RGB, torch.cat([Y, chroma], 1), [32768] * 3).clamp(0, 255) * (4 / 255) - 2
 
-    def mixed(self, matrix: list, x: Tensor, half: Tensor) -> Tensor:
+    def mixed(self, matrix: list, x: Tensor, half: list) -> Tensor:
         """The colours of whole numbers x (B, 3, H, W), by a matrix in parts of 65536 of which so many are added to round."""
-        product = torch.tensor(matrix, device=x.device).double() @ x.double().flatten(2) + half.to(x.device)[:, None]
-        return (product / 65536).floor().view(x.shape).float()
+        matrix, half = torch.tensor(matrix, device=x.device).double(), torch.tensor(half, device=x.device)[:, None]
+        return ((matrix @ x.double().flatten(2) + half) / 65536).floor().view(x.shape).float()
 
     def by_turns(self, x: Tensor, even: float, odd: float) -> Tensor:
         """Rounded, with this much added in even and in odd columns."""
@@ -816,14 +816,15 @@ class Denoiser(nn.Module):
         """Eq. 10 for each x0 (B, C, H, W), of noise level sigma (B,): (B,), about 1 while F is 0.
 
         The paper's lambda(sigma) |e|^2 / d,  lambda = 1 / sigma^2 + 1,  weighs the error e = D - x0 by the precision of x0 given
-        xt under N(0, I). Here it is that of x0 given xt and y under the Gaussian,  | c^(-1/2) T e |^2 / d,  the same for "edm".
+        xt under N(0, I). Here that is the Gaussian's given xt and y,  |e|^2 / sum c,  the same for "edm". (|c^(-1/2) T e|^2 would
+        spend the network on what is small already: colours, fine detail, observed pixels.)
         """
         sigma = sigma.view(-1, 1, 1, 1)
         xt = x0 + sigma * randn_like(x0, generator)
         with torch.no_grad():
             G, c = self.posterior(xt, sigma, y)
         error = self.estimate(xt, sigma, y, G, c) - x0
-        return (self.told.T(error).square() / c).flatten(1).mean(1)
+        return error.square().flatten(1).sum(1) / c.flatten(1).sum(1)
 
 
 # ---- Noise levels, sampler ------------------------------------------------------------------------------------------

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from manifold import Projection, VectorDenoiser
 from torch import nn
 
 import diffem
 from diffem import (
-    Blur, Config, Denoiser, Downsample, GaussianPrior, Jpeg, Mask, Noise, Projection, denoising_loss, fit_prior, m_step,
-    new_state, noise_level, principal_components, sample,
+    Block, Blur, Config, Corruption, Denoiser, Downsample, Gaussian, Jpeg, Mask, Noise, inverse, m_step, new_denoiser, new_state,
+    noise_level, sample, start, transform,
 )  # fmt: skip
 
 
@@ -20,6 +21,9 @@ class ExactDenoiser(nn.Module):
         super().__init__()
         self.mean, self.precision, self.corruption = mean, torch.linalg.inv(covariance), corruption
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def shape(self, y):
+        return [len(y), y.shape[2] - 1]
 
     def posterior(self, y):
         """Precision (B, d, d) and precision times mean (B, d) of x0 given y."""
@@ -92,69 +96,165 @@ def test_exact_em_raises_the_likelihood_at_every_lap(generator):
     assert likelihoods[-1] > log_likelihood(mean, covariance, y, 0.1) - 0.05
 
 
-def test_the_gaussian_priors_em_raises_the_likelihood_at_every_lap(generator):
-    mean, covariance = gaussian(4, generator)
-    corruption = Projection(rows=2, noise=0.1)
-    y = corruption(draw(mean, covariance, 6000, generator), generator)
-    likelihoods = [log_likelihood(torch.zeros(4).double(), torch.eye(4).double(), y, 0.1)]
-    for laps in range(1, 6):
-        prior = fit_prior(y, corruption, rank=3, laps=laps, generator=torch.Generator().manual_seed(1))
-        C = (prior.U @ prior.U.T + prior.psi * torch.eye(4)).double()
-        likelihoods.append(log_likelihood(prior.mean.double(), C, y, 0.1))
-    assert (torch.tensor(likelihoods).diff() > 0).all(), likelihoods
+# ---- The smooth Gaussian
 
 
-@pytest.mark.parametrize(
-    "corruption, shape",
-    [(Mask(0.5, 0.1), [1, 6, 6]), (Blur(0.6, 0.1), [1, 6, 6]), (Downsample(2, 0.1), [1, 6, 6]), (Projection(2, 0.1), [6])],
-)
-def test_matheron_draws_match_the_closed_form(corruption, shape, generator):
-    d, number = math.prod(shape), 20_000
-    mean, U = torch.randn(d, generator=generator), torch.randn(d, 4, generator=generator)
-    prior = GaussianPrior(mean.view(shape), U, 0.2, corruption)
-    y = corruption(prior.sample(1, generator), generator)
-    x = prior.posterior(y.expand(number, *y.shape[1:]), generator).flatten(1).double()
-    # A as a matrix; of repeated rows (downsample) one each, of masked ones none
-    basis = torch.eye(d).view(d, *shape)
-    A = torch.cat([corruption.measure(e[None], y).flatten(1) for e in basis]).T.double()
-    rows = torch.unique(A, dim=0, return_inverse=True)[1]
-    first = [int((rows == i).nonzero()[0]) for i in rows.unique()]
-    first = [i for i in first if A[i].abs().sum() > 0]
-    A, value = A[first], corruption.value(y).flatten().double()[first]
-    Sigma = (U @ U.T + 0.2 * torch.eye(d)).double()
-    K = Sigma @ A.T @ torch.linalg.inv(A @ Sigma @ A.T + 0.1**2 * torch.eye(len(A)))
-    expected, C = mean.double() + K @ (value - A @ mean.double()), Sigma - K @ A @ Sigma
-    assert ((x.mean(0) - expected).abs() < 5 * (C.diag() / number).sqrt() + 2e-3).all()
+def smooth_gaussian(channels, generator, rank=0):
+    """With another scale and power in each colour, and a mean."""
+    gaussian = Gaussian([channels, 8, 8], rank, power=2.0)
+    gaussian.power, gaussian.scale = torch.linspace(1, 3, channels).view(-1, 1, 1), torch.linspace(9, 4, channels).view(-1, 1, 1)
+    gaussian.mean = gaussian.mean + torch.linspace(0.3, -0.2, channels).view(-1, 1, 1)
+    if rank:
+        U, S = torch.randn(channels * 64, rank, generator=generator), gaussian.spectrum(8, 8).view(-1, 1)
+        gaussian.U = U
+        root = torch.linalg.cholesky(torch.linalg.inv(torch.eye(rank) + U.T @ (U / S)))
+        gaussian.V = U / S @ root  # Woodbury
+    return gaussian
+
+
+def dense_gaussian(gaussian):
+    """Mean and covariance of the flattened image, in float64."""
+    C, d = gaussian.power.shape[0], gaussian.power.shape[0] * 64
+    T = transform(torch.eye(d).view(d, C, 8, 8), 0).flatten(1).T.double()  # its columns are the unit vectors' coefficients
+    S = gaussian.spectrum(8, 8).flatten().double().diag() + (gaussian.U @ gaussian.U.T).double()
+    return gaussian.mean.expand(C, 8, 8).flatten().double(), T.T @ S @ T
+
+
+def dense_posterior(gaussian, corruption, y, xt=None, sigma=None):
+    """Mean and covariance of the flattened x0 given one y, and xt if that is given."""
+    mean, Sigma = dense_gaussian(gaussian)
+    d = len(mean)
+    A = (corruption.A(torch.eye(d).view(d, -1, 8, 8)) * y[:, -1:]).flatten(1).T.double()
+    N = corruption.noise**2 * (4 * A if isinstance(corruption, Downsample) else torch.eye(d, dtype=torch.float64))
+    J = A.T @ torch.linalg.pinv(N, hermitian=True)
+    precision, h = torch.linalg.inv(Sigma) + J @ A, torch.linalg.solve(Sigma, mean) + J @ y[0, :-1].flatten().double()
+    if xt is not None:
+        precision, h = precision + torch.eye(d) / sigma**2, h + xt.flatten().double() / sigma**2
+    C = torch.linalg.inv(precision)
+    return C @ h, C
+
+
+LINEAR = [Mask(0.5, 0.1), Block(0.5, 0.1), Noise(0.3), Blur(0.8, 0.1), Downsample(2, 0.1)]
+
+
+@pytest.mark.parametrize("corruption", LINEAR, ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("channels, rank", [(1, 0), (3, 0), (1, 4)])
+def test_the_gaussian_posterior_is_the_dense_one(corruption, channels, rank, generator):
+    gaussian = smooth_gaussian(channels, generator, rank)
+    y = corruption(gaussian.sample(1, generator), generator)
+    w, h = corruption.precision(y), corruption.product(y)
+    steps = 1 if corruption.block == 0 and not rank else 100
+    t, c = gaussian.posterior(y, w, h, gaussian.mean, corruption.block, steps)
+    mean, C = dense_posterior(gaussian, corruption, y)
+    torch.testing.assert_close(inverse(t, corruption.block).flatten().double(), mean, atol=2e-3, rtol=1e-3)
+    if corruption.block == 0 and not rank:  # T is the basis of S
+        T = transform(torch.eye(len(mean)).view(-1, channels, 8, 8), 0).flatten(1).T.double()
+        torch.testing.assert_close(T @ C @ T.T, c.flatten().double().diag(), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("corruption", [*LINEAR, Jpeg(20)], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("sigma", [0.05, 0.5, 20.0])
+def test_the_denoiser_starts_as_the_gaussian_posterior(corruption, sigma, generator):
+    """D = G where the network is 0: the dense posterior's mean given xt and y, at once or, for masks, nearly; given y = 0 exactly."""
+    gaussian = smooth_gaussian(3, generator)
+    x0 = gaussian.sample(64, generator)
+    corruption.learn(x0, generator)
+    y = corruption(x0, generator)
+    denoiser = new_denoiser(gaussian, corruption, Config(channels=(8, 8)), "cpu")
+    xt = x0 + sigma * torch.randn(x0.shape, generator=generator)
+    with torch.no_grad():
+        D = denoiser(xt, torch.full((64,), sigma), y)
+        blank = denoiser(xt, torch.full((64,), sigma), torch.zeros_like(y))
+    nothing = dense_posterior(gaussian, Mask(0.5, 0.1), torch.zeros_like(y[:1]), xt[:1], sigma)[0]
+    torch.testing.assert_close(blank[0].flatten().double(), nothing, atol=5e-3, rtol=1e-2)
+    if isinstance(corruption, Jpeg):
+        return
+    exact = torch.stack([dense_posterior(gaussian, corruption, y[i : i + 1], xt[i : i + 1], sigma)[0] for i in range(64)])
+    if corruption.block == 0:
+        torch.testing.assert_close(D.flatten(1).double(), exact, atol=5e-3, rtol=1e-2)
+    best, ours = ((v - x0.flatten(1)).square().mean() for v in (exact, D.flatten(1)))
+    assert ours < 1.25 * best
+
+
+def test_the_scale_of_the_networks_output_is_that_of_the_error(generator):
+    """E (T e)^2 / c = 1 for the exact posterior's error e: exactly where T is the basis of S, to a factor of 2 for masks."""
+    gaussian = smooth_gaussian(3, generator)
+    x0 = gaussian.sample(500, generator)
+    for corruption, tolerance in ((Blur(0.8, 0.1), 1.05), (Noise(0.3), 1.05), (Mask(0.75, 0.01), 2), (Block(0.5, 0.01), 2), (Downsample(2, 0.1), 2)):
+        y = corruption(x0, generator)
+        t, c = gaussian.posterior(y, corruption.precision(y), corruption.product(y), gaussian.mean, corruption.block, 100)
+        ratio = float(((t - corruption.T(x0)).square() / c).mean())
+        assert 1 / tolerance < ratio < tolerance, (type(corruption), ratio)
+
+
+@pytest.mark.parametrize("corruption", LINEAR, ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("rank", [0, 4])
+def test_draws_have_the_dense_posteriors_mean_and_covariance(corruption, rank, generator):
+    gaussian, number = smooth_gaussian(1, generator, rank), 20_000
+    y = corruption(gaussian.sample(1, generator), generator)
+    x = gaussian.draw(y.expand(number, -1, -1, -1), corruption, generator).flatten(1).double()
+    mean, C = dense_posterior(gaussian, corruption, y)
+    assert ((x.mean(0) - mean).abs() < 5 * (C.diag() / number).sqrt() + 2e-3).all()
     scale = (C.diag()[:, None] * C.diag()).sqrt()
     assert ((torch.cov(x.T) - C).abs() < 0.05 * scale + 2e-3).all()
 
 
-def test_draws_agree_with_blurred_observations_where_some_variances_are_a_million_times_the_noises(generator):
-    corruption, shape = Blur(1.0, 0.02), (3, 32, 32)
-    smooth = torch.nn.functional.interpolate(torch.randn(64, 3, 8, 8, generator=generator), size=(32, 32), mode="bicubic")
-    prior = GaussianPrior(torch.zeros(shape), smooth.flatten(1).T / 8, 0.5, corruption)
-    y = corruption(prior.sample(8, generator), generator)
-    x = prior.posterior(y, generator)
-    assert (corruption.measure(x, y) - corruption.value(y)).square().mean().sqrt() < 1.05 * 0.02
+def test_draws_agree_with_the_papers_blur(generator):
+    """Width 2 and s = 1e-3 in float32: nine tenths of the coefficients are all but removed, and y tells the rest to 1e-3."""
+    corruption, gaussian = Blur(2.0, 1e-3), Gaussian([3, 32, 32], power=3.0)
+    x0 = gaussian.sample(64, generator)
+    y = corruption(x0, generator)
+    x = gaussian.draw(y, corruption, generator)
+    assert float((corruption.A(x) - y[:, :-1]).square().mean().sqrt()) == pytest.approx(1e-3, rel=0.1)
+    assert float((x - x0).square().mean()) < 2.2 * float((gaussian.draw(y, corruption, generator) - x).square().mean() / 2) < 0.05
 
 
-def test_principal_components_recover_a_low_rank_gaussian(generator):
-    truth = GaussianPrior(torch.randn(20, generator=generator), torch.randn(20, 3, generator=generator), 0.1, Noise())
-    mean, U, psi = principal_components(truth.sample(50_000, generator), 3, generator)
-    torch.testing.assert_close(mean, truth.mean, atol=0.05, rtol=0)
-    torch.testing.assert_close(U @ U.T, truth.U @ truth.U.T, atol=0.15, rtol=0)
-    assert psi == pytest.approx(0.1, rel=0.02)
+def test_fit_recovers_the_power_and_the_low_rank(generator):
+    truth = smooth_gaussian(3, generator)
+    fitted = Gaussian([3, 8, 8], power=1.0).fit(truth.sample(20_000, generator), generator)
+    for name in ("mean", "power"):
+        torch.testing.assert_close(getattr(fitted, name), getattr(truth, name), atol=0.06, rtol=0)
+    torch.testing.assert_close(fitted.spectrum(8, 8), truth.spectrum(8, 8), atol=0, rtol=0.05)
+    truth = smooth_gaussian(1, generator, rank=3)
+    truth.power, truth.scale = torch.zeros(1, 1, 1), torch.full((1, 1, 1), 0.1)
+    fitted = Gaussian([1, 8, 8], 3).fit(truth.sample(50_000, generator), generator)
+    assert not fitted.power.any() and float(fitted.scale) == pytest.approx(0.1, rel=0.02)
+    torch.testing.assert_close(fitted.U @ fitted.U.T, truth.U @ truth.U.T, atol=0.15, rtol=0)
+    Sigma = fitted.spectrum(8, 8).flatten().diag() + fitted.U @ fitted.U.T
+    t = torch.randn(2, 1, 8, 8, generator=generator)
+    S, one = fitted.spectrum(8, 8), torch.eye(8)
+    torch.testing.assert_close(fitted.precision(t, S, one, one).flatten(1) @ Sigma, t.flatten(1), atol=1e-3, rtol=1e-3)
 
 
-def test_nonlinear_prior_does_not_stay_at_the_observations(generator):
-    x0 = torch.nn.functional.interpolate(torch.randn(200, 1, 4, 4, generator=generator), size=(16, 16), mode="bicubic")
-    corruption = Jpeg(quality=10)
-    y = corruption(x0.clamp(-2, 2), generator)
-    prior = fit_prior(y, corruption, 16, 4, generator)
-    error = float((y[:, :-1] - x0.clamp(-2, 2)).square().mean().sqrt())
-    assert 0.3 * error < prior.corruption.noise < 3 * error  # the white noise it stands for is of the right size
-    x = prior.posterior(y, generator)
-    assert float((corruption.value(corruption(x, generator)) - x).square().mean().sqrt()) > 0.3 * error
+def test_the_starts_em_finds_the_gaussian_of_the_data(generator):
+    """From masked images alone, half of the pixels missing: the spectrum of what they were drawn from."""
+    truth = smooth_gaussian(1, generator)
+    truth.power += 1
+    y = Mask(0.5, 0.05)(truth.sample(512, generator), generator)
+    fitted = start(y, Mask(0.5, 0.05), Config(smoothness=3.0, prior_laps=12), generator)
+    torch.testing.assert_close(fitted.spectrum(8, 8).log(), truth.spectrum(8, 8).log(), atol=0.35, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["jpeg", "own"])
+def test_the_start_does_not_stay_at_the_observations(name, generator):
+    """Where y is not A x and noise: draws keep the variance that y lacks, and their mean comes nearer to the truth than y is."""
+
+    class Rounded(Corruption):
+        def A(self, x):
+            return (2 * x).round() / 2
+
+    x0 = Gaussian([1, 16, 16], power=3.0).sample(300, generator)
+    x0 = (0.7 * x0).clamp(-2, 2)
+    corruption = Jpeg(10) if name == "jpeg" else Rounded()
+    y = corruption(x0, generator)
+    gaussian = start(y, corruption, Config(smoothness=3.0), generator)
+    x = torch.stack([gaussian.draw(y, corruption, generator) for _ in range(8)])
+    error = (y[:, :-1] - x0).square().mean()
+    assert (x.mean(0) - x0).square().mean() < error
+    assert x.var(0).mean() > 0.3 * (x.mean(0) - x0).square().mean()
+
+
+# ---- Denoiser and loss
 
 
 def test_noise_levels():
@@ -163,16 +263,54 @@ def test_noise_levels():
     torch.testing.assert_close(levels, torch.tensor([1e-3, 1e-1, 1e2]))
 
 
+@pytest.mark.parametrize("corruption", [Mask(0.5, 0.1), Blur(1.0, 0.1), Jpeg(20)], ids=lambda c: type(c).__name__)
+def test_preconditioning_and_loss_are_edms_where_that_is_asked_for(corruption, generator):
+    """G = xt / (sigma^2 + 1), c = sigma^2 / (sigma^2 + 1), and the paper's lambda = 1 / sigma^2 + 1, whatever y says."""
+    x0 = torch.randn(6, 3, 8, 8, generator=generator)
+    gaussian = smooth_gaussian(3, generator)
+    corruption.learn(x0, generator)
+    y, sigma = corruption(x0, generator), torch.logspace(-2, 1, 6)
+    denoiser = new_denoiser(gaussian, corruption, Config(channels=(8, 8), preconditioning="edm", precision="float32"), "cpu")
+    with torch.no_grad():
+        for parameter in denoiser.network.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        s = sigma.view(-1, 1, 1, 1)
+        xt = x0 + s * torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+        mean = xt / (s**2 + 1)
+        D = mean + s * (s**2 + 1).rsqrt() * denoiser.network(xt * (s**2 + 1).rsqrt(), mean, y, sigma.log())
+        torch.testing.assert_close(denoiser(xt, sigma, y), D, atol=1e-4, rtol=1e-4)
+        loss = (1 / sigma**2 + 1) * (D - x0).square().flatten(1).mean(1)
+        torch.testing.assert_close(denoiser.loss(x0, y, sigma, torch.Generator().manual_seed(1)), loss, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize("sigma", [0.03, 1.0, 10.0])
-@pytest.mark.parametrize("corruption", [Mask(0.5, 0.1), Blur(1.0, 0.1), Projection(2, 0.1)])
-def test_loss_of_an_untrained_denoiser_is_one_on_white_data(corruption, sigma, generator):
-    """Its network gives 0, so D is the posterior mean under N(0, I): the right one, and the loss is normalised by it."""
-    shape = [5] if isinstance(corruption, Projection) else [1, 8, 8]
-    x0 = torch.randn(4000, *shape, generator=generator)
-    y = corruption(x0, generator)
-    denoiser = Denoiser(shape, list(y.shape[1:]), corruption, Config(channels=(8, 16), blocks=1))
-    loss = denoising_loss(denoiser, x0, y, torch.full((4000,), sigma), generator)
-    assert float(loss.detach().mean()) == pytest.approx(1.0, abs=5 * float(loss.detach().std()) / math.sqrt(4000) + 0.01)
+@pytest.mark.parametrize("corruption", [Noise(0.3), Blur(1.0, 0.1)], ids=["noise", "blur"])
+def test_loss_of_an_untrained_denoiser_is_one(corruption, sigma, generator):
+    """On data of its own Gaussian, given y or y = 0: D is the posterior mean, and the loss is normalised by the variances."""
+    gaussian = smooth_gaussian(1, generator)
+    x0 = gaussian.sample(4000, generator)
+    denoiser = new_denoiser(gaussian, corruption, Config(channels=(8, 16)), "cpu")
+    for y in (corruption(x0, generator), torch.zeros(4000, 2, 8, 8)):
+        loss = denoiser.loss(x0, y, torch.full((4000,), sigma), generator).detach()
+        assert float(loss.mean()) == pytest.approx(1.0, abs=5 * float(loss.std()) / math.sqrt(4000) + 0.01)
+
+
+@pytest.mark.parametrize("name", diffem.CORRUPTIONS)
+def test_the_m_step_creates_nothing_on_another_device(name, generator):
+    """Under a default device "meta", what is made without a device cannot meet what is on the CPU."""
+    corruption, config = diffem.CORRUPTIONS[name](), Config(channels=(8, 8), batch=4, steps=1, flip=True, jitter=True, crop=8, rescale=True)
+    x0 = torch.randn(8, 3, 16, 16, generator=generator).clamp(-2, 2)
+    if name == "downsample":
+        config.rescale = False  # of sizes that 2 does not divide
+    corruption.learn(x0, generator)
+    gaussian = Gaussian([3, 16, 16], power=1.0).fit(x0, generator)
+    state = new_state(x0, new_denoiser(gaussian, corruption, config, "cpu"), config)
+    state.lap = 1
+    with torch.device("meta"):
+        m_step(state, corruption, config, generator)
+        x = sample(state.model, corruption(x0, generator), 2, "sde2m", generator)
+        drawn = gaussian.draw(corruption(x0, generator), corruption, generator)
+    assert x.isfinite().all() and drawn.isfinite().all() and state.losses.isfinite().all()
 
 
 def test_trained_denoiser_comes_close_to_the_exact_one(generator):
@@ -182,8 +320,8 @@ def test_trained_denoiser_comes_close_to_the_exact_one(generator):
     corruption = Projection(rows=1, noise=0.3)
     x0 = draw(mean, covariance, 20_000, generator)
     config = Config(channels=(96, 96), batch=512, steps=700, lr=3e-3, ema=0.98, blank=0.0)
-    state = new_state(x0, [1, 4], corruption, config)
-    untrained = Denoiser([3], [1, 4], corruption, config)
+    torch.manual_seed(0)
+    state, untrained = new_state(x0, VectorDenoiser(3, corruption, config), config), VectorDenoiser(3, corruption, config)
     for step in range(config.steps):
         m_step(state, corruption, config, diffem.generator_for("cpu", 0, 1, step))
     exact = ExactDenoiser(mean, covariance, corruption)
@@ -200,7 +338,7 @@ def test_trained_denoiser_comes_close_to_the_exact_one(generator):
 NETWORKS = [
     ([3, 16, 16], Mask(), Config(channels=(16, 32), blocks=1, attention=(1,), dropout=0.1, precision="float32")),
     ([1, 7, 5], Blur(0.5), Config(channels=(8, 8, 16), blocks=2, precision="float32")),  # sizes that do not halve evenly
-    ([5], Projection(), Config(channels=(32, 32))),
+    ([3, 12, 10], Jpeg(30, 2), Config(channels=(8, 8), precision="float32")),  # nor into blocks
 ]
 
 
@@ -209,7 +347,8 @@ def trained(shape, corruption, config, generator):
     x0 = torch.randn(32, *shape, generator=generator)
     y = corruption(x0, generator)
     config.batch, config.steps = 16, 5
-    state = new_state(x0, list(y.shape[1:]), corruption, config)
+    gaussian = Gaussian(shape, power=1.0).fit(x0, generator)
+    state = new_state(x0, new_denoiser(gaussian, corruption, config, "cpu"), config)
     for step in range(config.steps):
         m_step(state, corruption, config, diffem.generator_for("cpu", 0, 1, step))
     return state, x0, y
@@ -248,7 +387,12 @@ def test_bfloat16_is_near_float32(generator):
 
 
 def test_the_order_the_sign_and_the_mixture_of_rows_do_not_matter(generator):
-    state, x0, y = trained(*NETWORKS[2], generator)
+    corruption, x0 = Projection(), torch.randn(32, 5, generator=generator)
+    y, config = corruption(x0, generator), Config(channels=(32, 32), batch=16, steps=5)
+    torch.manual_seed(0)
+    state = new_state(x0, VectorDenoiser(5, corruption, config), config)
+    for step in range(5):
+        m_step(state, corruption, config, diffem.generator_for("cpu", 0, 1, step))
     sigma = torch.logspace(-3, 1, len(x0))
     turn = torch.linalg.qr(torch.randn(2, 2, generator=generator)).Q
     with torch.no_grad():

@@ -46,6 +46,12 @@ def run(text: str, x0, truth, features, options) -> list[dict]:
             rows.append({"corruption": text + " (clean)" * options.clean, "lap": state.lap, "CPU-s": now - begun - aside} | metrics)
             print({key: round(value, 3) if isinstance(value, float) else value for key, value in rows[-1].items()}, flush=True)
             aside += time.process_time() - now
+            if state.lap == settings.laps:
+                generator = diffem.generator_for("cpu", settings.seed, 0, 3)
+                x = torch.stack([diffem.sample(state.model, held_out, 16, "ddpm", generator) for _ in range(8)])
+                rows[-1] |= {"ddpm 16: sample": diffem.psnr(x[0], truth), "mean": diffem.psnr(x.mean(0), truth)}
+                rows[-1] |= {"ddpm 16: Frechet": benchmark.frechet(features, x[0], x0)}
+                print(rows[-1], flush=True)
             if options.save:
                 torch.save([state.average.module.state_dict(), state.x0.half()], options.save)
     return rows
@@ -64,7 +70,13 @@ def main() -> None:
     options = parser.parse_args()
     x, classes = benchmark.read_classes(options)
     x0, truth = x[:-1000], x[-1000:][: options.held_out]
-    features, rows = benchmark.train_classifier(x0, classes[:-1000]), []
+    cache = Path(options.data_dir, "classifier.pt")
+    if cache.exists():
+        features = torch.load(cache, weights_only=False)
+    else:
+        features = benchmark.train_classifier(x0, classes[:-1000])
+        torch.save(features, cache)
+    rows = []
     for text in options.corruptions:
         rows += run(text, x0, truth, features, options)
     shown = {key: value for key, value in vars(options).items() if key not in ("data_dir", "save")}
