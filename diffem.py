@@ -1042,7 +1042,7 @@ def augment(x0: Tensor, config: Config, generator: torch.Generator) -> Tensor:
         x0 = grey + (0.95 + 0.1 * saturation) * (angle.cos() * chroma + angle.sin() * cross)
     if config.rescale:
         factor = 1 - torch.rand(1, generator=generator, device=x0.device).item() / 2
-        x0 = F.interpolate(x0, scale_factor=factor, mode="bicubic", antialias=True)
+        x0 = F.interpolate(x0, size=[math.ceil(n * factor) for n in x0.shape[2:]], mode="bicubic", antialias=True)
     if config.crop:
         # The corruption's blocks then lie elsewhere on each image, so that what they leave at one place is learnt at another
         top, left = [torch.randint(n - config.crop + 1, (len(x0), 1, 1, 1), generator=generator, device=x0.device) for n in x0.shape[2:]]

@@ -8,6 +8,7 @@ vectors x (B, d) with y (B, m, d + 1), the rows of A, each with its measured val
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -199,7 +200,8 @@ def observed_curve(data: str | None, corruption: Projection, seed: int, number: 
 def run(y: Tensor, x0: Tensor, corruption: Projection, config: Config, seconds: float, points: int = 4096) -> list[dict]:
     """A row for the first lap that ends in each tenth of the budget of CPU-seconds, in which the metrics do not count."""
     floor, rows, aside, tenth, begun = transport(x0[:points], x0[-points:]), [], 0.0, -1, time.process_time()
-    for state in diffem.em(y, corruption, config, first_state(y, corruption, config)):
+    first = first_state(y, corruption, config)
+    for state in itertools.chain([first], diffem.em(y, corruption, config, first)):
         used = time.process_time() - begun - aside
         if used > seconds:
             break

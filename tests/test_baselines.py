@@ -5,8 +5,8 @@ import torch
 from test_method import ExactDenoiser, draw, gaussian
 
 import baselines
-import diffem
-from diffem import Config, GaussianPrior, Mask, Projection
+from diffem import Config, Mask
+from manifold import Projection, VectorGaussian, first_state, manifold
 
 
 @pytest.mark.parametrize("variant", ["jacobian", "covariance"])
@@ -19,7 +19,7 @@ def test_moment_matching_is_exact_for_a_gaussian(variant, generator):
     if variant == "covariance":
         l, V = torch.linalg.eigh(covariance.float())
         psi = float(l[0]) / 2
-        prior = GaussianPrior(mean.float(), V * (l - psi).sqrt(), psi, corruption)
+        prior = VectorGaussian(mean.float(), V * (l - psi).sqrt(), psi)
     xt, sigma = torch.randn(16, 4, generator=generator), torch.linspace(0.1, 3, 16)
     for iterations in (0, 10):  # exactly, and by conjugate gradients
         guided = baselines.MMPS(exact, corruption, iterations, prior)
@@ -27,12 +27,15 @@ def test_moment_matching_is_exact_for_a_gaussian(variant, generator):
 
 
 def test_em_mmps_samples_agree_with_the_observations(generator):
-    x0 = diffem.manifold(torch.rand(512, generator=generator), 0)
+    x0 = manifold(torch.rand(512, generator=generator), 0)
     corruption = Projection(noise=0.1)
     y = corruption(x0, generator)
     config = Config(channels=(32,), laps=1, steps=50, batch=64, sigma_max=10.0, sample_steps=128, prior_rank=4)
     for gaussian_covariance in (False, True):
-        *_, state = baselines.em_mmps(y, corruption, config, iterations=0, gaussian=gaussian_covariance)
+        run = baselines.em_mmps(y, corruption, config, 0, first_state(y, corruption, config))
+        state = next(run)
+        state.gaussian = gaussian_covariance
+        *_, state = run
         assert state.lap == 1 and state.drawn == 512
         error = (corruption.measure(state.x0, y) - corruption.value(y)) / corruption.noise
         assert 0.5 < error.square().mean().sqrt() < 1.5

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import diffem
-from diffem import Config, Mask
+from diffem import Config, Gaussian, Mask
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
@@ -49,9 +49,10 @@ def test_two_processes_train_as_one_with_the_same_batches(tmp_path):
     x0 = []
     for rank, part in enumerate(parts):
         generator = diffem.generator_for("cpu", 0, 0, 1, rank)
-        prior = diffem.fit_prior(part, corruption, config.prior_rank, config.prior_laps, generator)
-        x0.append(prior.posterior(part, generator))
-    state, losses = diffem.new_state(x0[0], [2, 8, 8], corruption, config), []
+        x0.append(diffem.start(part, corruption, config, generator).draw(part, corruption, generator))
+        if rank == 0:  # the first process's Gaussian is that of all
+            gaussian = Gaussian([1, 8, 8], power=1.0).fit(diffem.random_images(x0[0], 4096, generator), generator)
+    state, losses = diffem.new_state(x0[0], diffem.new_denoiser(gaussian, corruption, config, "cpu"), config), []
     for lap in (1, 2):
         state.lap = lap
         for step in range(config.steps):

@@ -46,8 +46,9 @@ def make_run(folder, shape, corruption="mask", parameters=None, **config):
     settings = diffem.Settings(corruption=corruption, parameters=diffem.parameters_of(kind) | (parameters or {}), **config)
     generator = torch.Generator().manual_seed(0)
     x0 = torch.randn(4, *shape, generator=generator)
-    y = kind(**settings.parameters)(x0, generator)
-    state = diffem.new_state(x0, list(y.shape[1:]), kind(**settings.parameters), settings)
+    corruption, gaussian = kind(**settings.parameters), diffem.Gaussian(list(shape), power=3.0)
+    corruption.learn(gaussian.sample(64, generator), generator)
+    state = diffem.new_state(x0, diffem.new_denoiser(gaussian, corruption, settings, "cpu"), settings)
     with torch.no_grad():
         for parameter in state.average.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -264,14 +265,12 @@ from diffem import Corruption
 
 
 class Saturate(Corruption):
-    linear = False
-
     def __init__(self, limit_at: float = 1.0):
         super().__init__()
         self.limit_at, self.names = limit_at, {"not": "for", "TorchScript": 1}
 
-    def measure(self, x, y):
-        return y[:, -1:] * x.clamp(-self.limit_at, self.limit_at)
+    def A(self, x):
+        return x.clamp(-self.limit_at, self.limit_at)
 """)
     own = f"{tmp_path}/camera.py:Saturate"
     folder = make_run(tmp_path / "run", (1, 8, 8), own)
@@ -282,15 +281,21 @@ class Saturate(Corruption):
     assert not restorer.metadata["masks"]
 
 
-def test_vectors_have_torchscript_alone(tmp_path, capsys):
-    config = dict(dataset="manifold", sigma_max=10.0)
-    folder = make_run(tmp_path / "run", (5,), "projection", **config)
-    assert export.main([str(folder), "-o", str(tmp_path / "out")]) == 0
-    assert "no ONNX file" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.ts.pt"}
-    y = diffem.Projection()(torch.randn(6, 5), torch.Generator().manual_seed(1))
-    expected = diffem.sample(diffem.load(folder), y, 8, "ddpm", torch.Generator().manual_seed(2))
-    torch.testing.assert_close(torch.jit.load(tmp_path / "out/model.ts.pt").sample(y, 8, 2), expected)
+@pytest.mark.parametrize("name", sorted(diffem.CORRUPTIONS))
+def test_exported_files_equal_eager_for_every_corruption(name, tmp_path):
+    """On images of other sizes than it was made for, blank observations among them."""
+    folder, generator = make_run(tmp_path / "run", (3, 16, 16), name), torch.Generator().manual_seed(0)
+    restorer, denoiser = exported(folder), diffem.load(folder)
+    for size in ((16, 16), (20, 28)):
+        x = torch.randn(4, 3, *size, generator=generator).clamp(-2, 2)
+        y, sigma = denoiser.corruption(x, generator), torch.tensor([0.01, 0.3, 5.0, 50.0])
+        y[1] = 0
+        with torch.no_grad():
+            expected = denoiser(x, sigma, y)
+        torch.testing.assert_close(torch.jit.load(folder / "model.ts.pt")(x, sigma, y), expected, atol=1e-5, rtol=1e-5)
+        inputs = dict(xt=x, sigma=sigma, y=y, coefficients=torch.ones(4), x0_before=x, noise=x)
+        (x0,) = restorer.session.run(["x0"], {name: value.numpy() for name, value in inputs.items()})
+        torch.testing.assert_close(torch.from_numpy(x0), expected, atol=5e-5, rtol=1e-4)
 
 
 # ---- Restoring image files
