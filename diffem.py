@@ -34,7 +34,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -1114,10 +1113,6 @@ PRESETS = {
     ("folder", "small"): PHOTOS,
     ("observations", "small"): PHOTOS | dict(held_out=0),
 }  # fmt: skip
-SHAPES = {  # of one x0, and how many there are
-    "digits": ([1, 8, 8], 1797), "mnist": ([1, 28, 28], 60_000),
-    "fashion_mnist": ([1, 28, 28], 60_000), "cifar10": ([3, 32, 32], 50_000), "celeba": ([3, 64, 64], 162_770),
-}  # fmt: skip
 
 
 # ---- Data sets: observations, and what clean images there are, for the metrics alone --------------------------------
@@ -1544,77 +1539,6 @@ def load(folder: str | Path, device="cpu", corruption: Corruption | None = None)
     return best_model(checkpoint, corruption, device)
 
 
-# ---- --evaluate: standard metrics of a run --------------------------------------------------------------------------
-
-
-def write_images(folder: Path, x: Tensor) -> None:
-    """x (N, C, H, W) in [-2, 2] as 00000.png, 00001.png, .. in a folder that holds nothing else."""
-    from PIL import Image
-
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    pixels = ((x.clamp(-2, 2) + 2) * (255 / 4)).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (N, H, W, C)
-    for i, image in enumerate(pixels):
-        Image.fromarray(image.squeeze(-1) if x.shape[1] == 1 else image).save(folder / f"{i:05d}.png")
-
-
-def fidelity(folder: Path, reference: Path, start: dict) -> dict:
-    """FID, IS, KID, precision and recall of a folder of images, by torch-fidelity."""
-    try:
-        from torch_fidelity import calculate_metrics
-    except ImportError as error:
-        raise DiffEMError("FID and its kin need torch-fidelity: pip install torch-fidelity") from error
-    number = min(len(list(path.iterdir())) for path in (folder, reference))
-    try:
-        metrics = calculate_metrics(
-            input1=str(folder), input2=str(reference), cuda=start["device"] == "cuda", isc=True, fid=True, kid=True, prc=True,
-            kid_subset_size=min(1000, number), feature_extractor="inception-v3-compat", feature_layer_prc="2048",
-            feature_extractor_weights_path=start.get("inception_weights"), verbose=False, cache=False, save_cpu_ram=True,
-        )  # fmt: skip
-    except Exception as error:  # of the download, of the weights, of torch-fidelity
-        reason = " ".join(str(error).split())[:200]
-        raise DiffEMError(f"torch-fidelity fails ({reason}); its weights may be given as --inception-weights FILE") from error
-    names = dict(frechet_inception_distance="FID", inception_score_mean="IS", kernel_inception_distance_mean="KID",
-                 precision="precision", recall="recall")  # fmt: skip
-    return {short: metrics[name] for name, short in names.items()}
-
-
-def evaluate_run(settings: Settings, start: dict, corruption: Corruption) -> int:
-    """Writes posterior and prior samples of a run as PNG, and prints the standard metrics of them."""
-    folder, device, number = Path(start["evaluate"]), start["device"], start["num_samples"]
-    require(number >= 2, "--evaluate takes 2 samples or more")
-    model = best_model(start["checkpoint"], corruption, device)
-    y, held_out, truth = observe(settings, corruption)
-    y, generator = torch.cat([held_out, y])[:number], generator_for(device, settings.seed, 0, 7)
-
-    def draw(y: Tensor) -> Tensor:
-        parts = tqdm(y.split(settings.sample_batch), desc="sampling", leave=False, disable=None)
-        steps = settings.sample_steps if y.any() else settings.prior_steps
-        return torch.cat([sample(model, part.to(device), steps, settings.method, generator).cpu() for part in parts])
-
-    sets = dict(posterior=draw(y), prior=draw(torch.zeros_like(y[:1]).expand(number, -1, -1, -1)))
-    for name, x in sets.items():
-        write_images(folder / "samples" / name, x)
-        print(f"{folder}/samples/{name}: {len(x)} images")
-    if truth is not None:
-        x, truth = (v[: min(len(truth), number)] for v in (sets["posterior"], truth))
-        print(f"posterior, {len(x)} held-out images: PSNR {psnr(x, truth):.2f} dB, SSIM {ssim(x, truth):.3f}")
-    if "reference" in start:
-        (H, W), own = y.shape[-2:], dict(dataset="folder", observations="", masks="", data_dir=start["reference"])
-        like = replace(settings, **own, image_size=H if H == W else 0)
-        reference = read_images(image_files(like), like)[:, :-1]
-    elif truth is not None:
-        reference = load_data(settings)[0]
-    else:
-        print("FID and its kin need clean images to compare with: --reference FOLDER")
-        return 0
-    write_images(folder / "samples" / "reference", reference)
-    for name in sets:
-        metrics = fidelity(folder / "samples" / name, folder / "samples" / "reference", start)
-        print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
-    return 0
-
-
 # ---- Command line ---------------------------------------------------------------------------------------------------
 
 
@@ -1665,12 +1589,6 @@ def make_parser() -> Parser:
     run.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     run.add_argument("--data-device", default="auto", help="where observations and reconstructions are kept: auto, cpu or cuda"
                      " (default: auto, the device where they take less than half of its memory, else cpu)")  # fmt: skip
-    run.add_argument("--evaluate", metavar="runs/NAME", help="in place of a run: samples of that one as PNG, and FID, IS, KID, "
-                     "precision, recall (by torch-fidelity), PSNR and SSIM")  # fmt: skip
-    run.add_argument("--reference", metavar="FOLDER", help="for --evaluate: clean images (default: the data set's own)")
-    run.add_argument("--num-samples", type=int, default=1000, help="for --evaluate: of each kind (default: 1000)")
-    run.add_argument("--inception-weights", metavar="FILE", help="for --evaluate: Inception's, where they cannot be downloaded")
-    run.add_argument("--dry-run", action="store_true", help="print the settings, the size and the cost, and stop")
     for f in fields(Settings):
         if isinstance(f.default, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
@@ -1683,14 +1601,14 @@ def make_parser() -> Parser:
 
 
 def parse(argv: list[str]) -> tuple[Settings, dict]:
-    """The settings, and the flags of this start alone: device, data_device, num_samples, and where they are given name,
-    dry_run, reference, inception_weights, and resume or evaluate, with the checkpoint.
+    """The settings, and the flags of this start alone: device, data_device, and where they are given name, and resume, with
+    the checkpoint.
 
     A setting not given as a flag has the value of the run to resume; else of the data set's preset; else its default.
     """
     options, rest = make_parser().parse_known_args(argv)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(options).items()}
-    of_start = "device data_device name resume dry_run evaluate reference num_samples inception_weights"
+    of_start = "device data_device name resume"
     start = {name: given.pop(name) for name in of_start.split() if name in given}
     devices = start["device"], start["data_device"]
     for name in devices:
@@ -1699,7 +1617,7 @@ def parse(argv: list[str]) -> tuple[Settings, dict]:
     start["device"] = "cuda" if torch.cuda.is_available() and start["device"] != "cpu" else "cpu"
     require("name" not in start or "resume" not in start, "--resume goes on in the run's own folder: no --name")
     saved = {}
-    folder = start.get("resume", start.get("evaluate"))
+    folder = start.get("resume")
     if folder:
         start["checkpoint"] = load_checkpoint(folder)
         saved = asdict(start["checkpoint"]["settings"])
@@ -1723,8 +1641,7 @@ def parse(argv: list[str]) -> tuple[Settings, dict]:
     given["parameters"] = parameters_of(corruption) | kept | flags
     if corruption is Jpeg and dataset == "observations" and not saved and "quality" not in flags:
         given["parameters"] |= jpeg_parameters(image_files(Settings(**values | given)))
-    free = ["laps", "patience", "data_dir", "observations", "masks"] + ["method", "sample_steps"] * ("evaluate" in start)
-    for name in saved.keys() - set(free):
+    for name in saved.keys() - {"laps", "patience", "data_dir", "observations", "masks"}:
         now = given.get(name, saved[name])
         require(now == saved[name], f"{folder} was made with {name} {saved[name]}, not {now}")
     return Settings(**values | given), start
@@ -1734,47 +1651,9 @@ def describe(parameters: dict) -> str:
     return "(" + ", ".join(f"{name}={str(value)[:40]}" for name, value in parameters.items() if value != ()) + ")"
 
 
-def shape_and_number(settings: Settings, corruption: Corruption) -> tuple[list, int]:
-    """Of the images that a run trains on: of named data sets without reading them."""
-    if settings.dataset not in SHAPES:
-        y, _, _ = observe(settings, corruption)
-        return [y.shape[1] - 1, *y.shape[2:]], len(y)
-    (channels, *size), number = SHAPES[settings.dataset]
-    number -= settings.held_out if settings.dataset == "digits" else 0  # the others have a test set
-    return [channels, *([settings.image_size] * 2 if settings.image_size else size)], min(number, settings.limit or number)
-
-
 def work_before(lap: int, settings: Settings, number: int) -> int:
     """Evaluations of the network in the laps before this one. A step is three an image: one forwards, two backwards."""
     return sum(3 * settings.steps * settings.batch + number * settings.e_step_sampler(i)[0] for i in range(1, lap))
-
-
-def cost(settings: Settings, corruption: Corruption, shape: list, number: int) -> tuple[int, float, float]:
-    """Parameters, floating point operations and bytes of a run, found on tensors without data."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    y_shape, saved = list(corruption(torch.zeros(1, *shape), torch.Generator()).shape[1:]), []
-    with torch.device("meta"):
-        denoiser = Denoiser(Gaussian(shape), corruption, settings)
-        inputs = torch.zeros(2, *shape), torch.ones(2), torch.zeros(2, *y_shape)
-    with FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-            denoiser(*inputs)
-    parameters = sum(p.numel() for p in denoiser.parameters())
-    evaluations = work_before(settings.laps + 1, settings, number)
-    # Weights, gradient, average and Adam's two moments; activations; x0 and y
-    values = 5 * parameters + settings.batch * sum(saved) / 2 + number * (math.prod(shape) + math.prod(y_shape))
-    return parameters, evaluations * counter.get_total_flops() / 2, 4 * values
-
-
-def flops_a_second() -> float:
-    """Of a matrix product on this machine's CPU: more than a network reaches."""
-    a = torch.randn(1024, 1024)
-    a @ a
-    start = time.perf_counter()
-    for _ in range(5):
-        a @ a
-    return 5 * 2 * 1024**3 / (time.perf_counter() - start)
 
 
 def new_folder(name: str | None, settings: Settings) -> Path:
@@ -1894,21 +1773,8 @@ def conclude(history: list, best: dict | None, folder: Path) -> None:
 def run(argv: list[str]) -> int:
     settings, start = parse(argv)
     device, corruption = start["device"], corruption_class(settings.corruption)(**settings.parameters)
-    if "evaluate" in start:
-        return evaluate_run(settings, start, corruption)
-    if "dry_run" in start:
-        shape, number = shape_and_number(settings, corruption)
-        parameters, flops, size = cost(settings, corruption, shape, number)
-        print(json.dumps(asdict(settings), indent=1))
-        print(f"{number} observations of {'x'.join(map(str, shape))}, a network of {parameters / 1e6:.2f} M parameters")
-        evaluations = dict.fromkeys((settings.e_step_sampler(1)[0], settings.sample_steps))
-        print(f"{settings.laps} laps of {settings.steps} steps, {number} x {' to '.join(map(str, evaluations))} evaluations to sample")
-        print(f"{flops / 1e15:.3g} PFLOP, about {size / 2**30:.2f} GiB in float32")
-        return 0
     if (settings.dataset, "published") in PRESETS and settings.preset == "small" and device == "cpu" and "resume" not in start:
-        published, _ = parse(argv + ["--preset", "published"])
-        days = cost(published, corruption, *shape_and_number(published, corruption))[1] / flops_a_second() / 86400
-        print(f"no GPU, so the small preset: the published one would take at least {days:.0f} days here (--preset published)")
+        print("no GPU, so the small preset: the published one would take months here (--preset published)")
     return observe_and_train(settings, start, corruption)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import diffem
 from diffem import (
-    Block, Blur, Config, Corruption, Denoiser, Downsample, Gaussian, Jpeg, Mask, Noise, inverse, m_step, new_denoiser, new_state,
+    Block, Blur, Config, Corruption, Downsample, Gaussian, Jpeg, Mask, Noise, inverse, m_step, new_denoiser, new_state,
     noise_level, sample, start, transform,
 )  # fmt: skip
 
