@@ -769,11 +769,12 @@ class UNet(nn.Module):
 class Denoiser(nn.Module):
     """D(xt, sigma, y), an estimate of E[x0 | xt, y].
 
-    D = G + T^T c^(1/2) T F(c_in xt, G, y, log sigma),  c_in = 1 / sqrt(sigma^2 + 1),  where G and c are mean and variances, in
-    the basis T of the corruption, of x0 given xt and y, were x0 of a smooth Gaussian: what y says of T x0 and what xt says, a
-    precision 1 / sigma^2 more. The network F starts at 0, so D starts as the best guess under that Gaussian, agrees with y, and
-    learns only what is not Gaussian. Preconditioning "edm": the Gaussian N(0, I) and nothing of y in G, hence the published
-    G = xt / (sigma^2 + 1),  c = sigma^2 / (sigma^2 + 1)  (Karras et al. 2022).
+    D = G + O^T v^(1/2) O F(c_in xt, G, y, log sigma),  c_in = 1 / sqrt(sigma^2 + 1),  G and v the mean and, pixel by pixel in
+    opponent colours O, the variance of x0 given xt and y, were x0 of a smooth Gaussian: it is told what y says of T x0, and what
+    xt says, a precision 1 / sigma^2 more. The network F starts at 0, so D starts as the best guess under that Gaussian, agrees
+    with y, and learns only what is not Gaussian. (A root of the variance in T in place of O would ask F, a convolution, to know
+    the place of each block: it learns nothing then.) Preconditioning "edm": the Gaussian is N(0, I) and told nothing of y, hence
+    G = xt / (sigma^2 + 1),  v = sigma^2 / (sigma^2 + 1),  as published (Karras et al. 2022).
     """
 
     def __init__(self, gaussian: Gaussian, corruption: Corruption, config: Config):
@@ -790,12 +791,15 @@ class Denoiser(nn.Module):
         return [y.shape[0], y.shape[1] - 1, y.shape[2], y.shape[3]]
 
     def posterior(self, xt: Tensor, sigma: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """G (B, C, H, W), and c of its coefficients. sigma: (B, 1, 1, 1)."""
+        """G and v, both (B, C, H, W). sigma: (B, 1, 1, 1)."""
         w, h = self.told.precision(y) + sigma**-2, self.told.product(y) + self.told.T(xt) / sigma**2
         mean, c = self.gaussian.posterior(y, w, h, self.gaussian.mean, self.told.block, 1 if self.told.block == 0 else 4)
+        if self.told.block != 1:  # v = diag T^T c T
+            rows, columns = [dct(self.told.block, n, c.device).square() for n in c.shape[-2:]]
+            c = rows.T @ c @ columns
         return inverse(mean, self.told.block), c
 
-    def estimate(self, xt: Tensor, sigma: Tensor, y: Tensor, G: Tensor, c: Tensor) -> Tensor:
+    def estimate(self, xt: Tensor, sigma: Tensor, y: Tensor, G: Tensor, v: Tensor) -> Tensor:
         """D, given the posterior."""
         scaled, log_sigma = xt * (sigma**2 + 1).rsqrt(), sigma.flatten().log()
         if torch.jit.is_scripting() or not self.bfloat16:
@@ -803,27 +807,27 @@ class Denoiser(nn.Module):
         else:
             with torch.autocast(xt.device.type, torch.bfloat16):
                 output = self.network(scaled, G, y, log_sigma)
-        return G + inverse(c.sqrt() * self.told.T(output.float()), self.told.block)
+        return G + inverse(v.sqrt() * transform(output.float(), 1), 1)
 
     def forward(self, xt: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
         """xt (B, C, H, W), sigma (B,), y (B, C + 1, H, W) -> (B, C, H, W)."""
         sigma = sigma.view(-1, 1, 1, 1)
-        G, c = self.posterior(xt, sigma, y)
-        return self.estimate(xt, sigma, y, G, c)
+        G, v = self.posterior(xt, sigma, y)
+        return self.estimate(xt, sigma, y, G, v)
 
     def loss(self, x0: Tensor, y: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
         """Eq. 10 for each x0 (B, C, H, W), of noise level sigma (B,): (B,), about 1 while F is 0.
 
         The paper's lambda(sigma) |e|^2 / d,  lambda = 1 / sigma^2 + 1,  weighs the error e = D - x0 by the precision of x0 given
-        xt under N(0, I). Here that is the Gaussian's given xt and y,  |e|^2 / sum c,  the same for "edm". (|c^(-1/2) T e|^2 would
-        spend the network on what is small already: colours, fine detail, observed pixels.)
+        xt under N(0, I). Here that is the Gaussian's given xt and y,  |e|^2 / sum v,  the same for "edm". (|v^(-1/2) e|^2 would
+        spend the network on what is small already: colours and observed pixels.)
         """
         sigma = sigma.view(-1, 1, 1, 1)
         xt = x0 + sigma * randn_like(x0, generator)
         with torch.no_grad():
-            G, c = self.posterior(xt, sigma, y)
-        error = self.estimate(xt, sigma, y, G, c) - x0
-        return error.square().flatten(1).sum(1) / c.flatten(1).sum(1)
+            G, v = self.posterior(xt, sigma, y)
+        error = self.estimate(xt, sigma, y, G, v) - x0
+        return error.square().flatten(1).sum(1) / v.flatten(1).sum(1)
 
 
 # ---- Noise levels, sampler ------------------------------------------------------------------------------------------
@@ -1041,7 +1045,8 @@ def augment(x0: Tensor, config: Config, generator: torch.Generator) -> Tensor:
         x0 = grey + (0.95 + 0.1 * saturation) * (angle.cos() * chroma + angle.sin() * cross)
     if config.rescale:
         factor = 1 - torch.rand(1, generator=generator, device=x0.device).item() / 2
-        x0 = F.interpolate(x0, size=[math.ceil(n * factor) for n in x0.shape[2:]], mode="bicubic", antialias=True)
+        size = [4 * math.ceil(n * factor / 4) for n in x0.shape[2:]]
+        x0 = F.interpolate(x0, size=size, mode="bicubic", antialias=True)
     if config.crop:
         # The corruption's blocks then lie elsewhere on each image, so that what they leave at one place is learnt at another
         top, left = [torch.randint(n - config.crop + 1, (len(x0), 1, 1, 1), generator=generator, device=x0.device) for n in x0.shape[2:]]
