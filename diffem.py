@@ -93,7 +93,8 @@ class Config:
     flip: bool = setting(False, "mirror images at random in the M-step")
     jitter: bool = setting(False, "change hue and saturation slightly in the M-step")
     crop: int = setting(0, "learn from squares of so many pixels a side at random places, in the M-step; 0: whole images")
-    rescale: bool = setting(False, "learn from smaller copies too, by a factor down to 1/2, in the M-step")
+    rescale: bool = setting(False, "learn from smaller copies too, by a factor down to 1/2, in the M-step; for blur, downsample and "
+                            "jpeg the default is True where smoothness is not 0")  # fmt: skip
     method: str = setting("sde2m", "sampler: ddpm, ddim, sde2m or dpm2m")
     first_method: str = setting("ddpm", "that of the E-steps in the first half of the laps")
     sample_steps: int = setting(8, "network evaluations to sample an image")
@@ -1045,7 +1046,7 @@ def augment(x0: Tensor, config: Config, generator: torch.Generator) -> Tensor:
         x0 = grey + (0.95 + 0.1 * saturation) * (angle.cos() * chroma + angle.sin() * cross)
     if config.rescale:
         factor = 1 - torch.rand(1, generator=generator, device=x0.device).item() / 2
-        size = [4 * math.ceil(n * factor / 4) for n in x0.shape[2:]]
+        size = [4 * max(1, round(n * factor / 4)) for n in x0.shape[2:]]
         x0 = F.interpolate(x0, size=size, mode="bicubic", antialias=True)
     if config.crop:
         # The corruption's blocks then lie elsewhere on each image, so that what they leave at one place is learnt at another
@@ -1099,7 +1100,8 @@ class Settings(Config):
 
 
 SMALL = dict(channels=(16, 32, 64), blocks=2, steps=1000, ema=0.995, laps=8, sample_batch=256, prior_rank=64, prior_laps=16)
-PHOTOS = SMALL | dict(flip=True, smoothness=3.0, prior_laps=8)
+PHOTOS = SMALL | dict(steps=500, flip=True, first_sample_steps=4, smoothness=3.0, prior_laps=8)
+ALIKE = ("blur", "downsample", "jpeg")  # the same for all images: what they hide of one, smaller copies of others show
 PUBLISHED = dict(
     blocks=5, dropout=0.1, laps=20, steps=50_000, batch=256, ema=0.9999, flip=True, jitter=True, method="ddpm",
     sample_steps=256, first_sample_steps=256, prior_steps=256, sample_batch=1024, smoothness=3.0,
@@ -1635,7 +1637,8 @@ def parse(argv: list[str]) -> tuple[Settings, dict]:
     best = "published" if start["device"] == "cuda" and "published" in presets else "small"
     preset = (given | saved).get("preset", best)
     require(preset in presets, f"{dataset} has no preset {preset!r}: {', '.join(presets)}")
-    values = dict(dataset=dataset, preset=preset) | PRESETS[dataset, preset] | saved
+    values = dict(dataset=dataset, preset=preset) | PRESETS[dataset, preset]
+    values |= dict(rescale=(values | given).get("smoothness", 0) > 0 and given.get("corruption", "mask") in ALIKE) | saved
     corruption = corruption_class((values | given).get("corruption", "mask"), trusted="corruption" in given)
     own = Parser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for name, default in parameters_of(corruption).items():

@@ -1,6 +1,5 @@
-"""Comparisons by measurement:  python tests/benchmark.py speed | samplers | manifold | images | stopping | misspecified |
-export  prints a table and appends it to benchmark.jsonl. `manifold` and `samplers` need POT besides (pip install pot);
-`speed` compares with diffusers where it is installed.
+"""Comparisons by measurement:  python tests/benchmark.py speed | samplers | images | stopping | misspecified | export
+prints a table and appends it to benchmark.jsonl. `speed` compares with diffusers where it is installed.
 
 Speeds are ratios within one run: the candidates take turns, the median of their times counts.
 """
@@ -24,10 +23,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).parents[1]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 sys.path.insert(0, str(ROOT))
-try:
-    import baselines  # noqa: E402
-except ImportError:
-    baselines = None
+import baselines  # noqa: E402
 
 import diffem  # noqa: E402
 import export  # noqa: E402
@@ -74,7 +70,8 @@ def random_run(folder: Path, channels: tuple, blocks: int) -> Path:
     settings = diffem.Settings(dataset="folder", channels=channels, blocks=blocks, precision="float32",
                                parameters=dict(rate=0.75, noise=1e-3))  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    state = diffem.new_state(torch.zeros(1, 3, 32, 32), [4, 32, 32], diffem.Mask(0.75, 1e-3), settings)
+    denoiser = diffem.new_denoiser(diffem.Gaussian([3, 32, 32], power=3.0), diffem.Mask(0.75, 1e-3), settings, "cpu")
+    state = diffem.new_state(torch.zeros(1, 3, 32, 32), denoiser, settings)
     with torch.no_grad():
         for parameter in state.average.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
@@ -148,7 +145,8 @@ def image_state(channels: tuple, **settings) -> tuple:
     x0 = torch.randn(512, 3, 32, 32, generator=torch.Generator().manual_seed(0)).clamp(-2, 2).to(DEVICE)
     corruption = diffem.Mask(0.75).to(DEVICE)
     y = corruption(x0, torch.Generator(DEVICE).manual_seed(1))
-    return diffem.new_state(x0, [4, 32, 32], corruption, config), y, corruption, config
+    denoiser = diffem.new_denoiser(diffem.Gaussian([3, 32, 32], power=3.0), corruption, config, DEVICE)
+    return diffem.new_state(x0, denoiser, config), y, corruption, config
 
 
 def flops_of(config: diffem.Settings) -> float:
@@ -265,7 +263,7 @@ def lap_table(channels: tuple, steps: int) -> list[dict]:
     flops = flops_of(config)
     parts = {
         "data": [(diffem, "random_images"), (diffem, "augment"), (diffem.Corruption, "__call__")],
-        "forward": [(diffem.Denoiser, "forward")], "backward": [(torch.Tensor, "backward")],
+        "forward": [(diffem.Denoiser, "loss")], "backward": [(torch.Tensor, "backward")],
         "optimiser": [(state.optimizer, "step"), (torch.nn.utils, "clip_grad_norm_")],
         "average": [(diffem.AveragedModel, "update_parameters")], "sampling": [(diffem, "e_step")],
         "metrics, pictures": [(diffem, "report")],
@@ -275,7 +273,7 @@ def lap_table(channels: tuple, steps: int) -> list[dict]:
         start = time.perf_counter()
         for state in diffem.em(y, corruption, config, state):
             pass
-        diffem.report(state, (y[:64], x0), corruption, config, Path(folder), history)
+        diffem.report(state, (y[:64], x0), corruption, config, Path(folder), history, None)
         total = time.perf_counter() - start
     work = {"forward": steps * 64, "backward": 2 * steps * 64, "sampling": 512 * config.sample_steps}
     rows = []
@@ -336,155 +334,31 @@ EVALUATIONS = (4, 8, 16, 32, 64, 256)
 
 
 def compare_samplers(options: argparse.Namespace) -> None:
-    """Posterior samples of one model by each method with 4 to 256 evaluations: on the manifold transport cost and
-    residual, on digits PSNR, spread and Frechet distance."""
-    print("a run on the manifold and one on digits (1500 CPU-seconds at most), then each way to sample them: about half an hour")
+    """Posterior samples of one model of the digits by each method with 4 to 256 evaluations: PSNR, spread, Frechet distance."""
+    print("a run on the digits, then each way to sample them: about ten minutes")
     jobs = [(method, steps) for method in options.methods for steps in EVALUATIONS]
-    with tqdm(total=2 * len(jobs), mininterval=5) as bar:
-        options.rows, options.noise = 2, 0.01
-        x0, y, _, corruption = observe_manifold(options, 0)
-        config = diffem.Settings(dataset="manifold", **diffem.PRESETS["manifold", "small"])
-        model, n, rows = diffem.fit(y, corruption, config), 2048, []
-        floor = transport(x0[:n], x0[-n:])
-        for method, steps in jobs:
-            costs, residuals = [], []
-            for seed in range(options.seeds):
-                x = diffem.sample(model, y[seed * n : (seed + 1) * n], steps, method, diffem.generator_for("cpu", seed))
-                error = (corruption.measure(x, y[seed * n : (seed + 1) * n]) - y[seed * n : (seed + 1) * n, :, -1]) / corruption.noise
-                costs.append(transport(x, x0[seed * n : (seed + 1) * n]) - floor)
-                residuals.append(float(error.square().mean().sqrt()))
-            rows.append({"method": method, "evaluations": steps, "transport": float(np.mean(costs)), "+-": float(np.std(costs)),
-                         "residual": float(np.mean(residuals))})  # fmt: skip
-            bar.update()
-        settings = {key: value for key, value in vars(options).items() if key != "function"}
-        table(f"Samplers on the manifold, {n} points, {options.seeds} seeds", rows, settings)
-
-        settings_digits = diffem.Settings(**diffem.PRESETS["digits", "small"])
-        x0, truth = diffem.load_data(settings_digits)
-        corruption, generator = diffem.Mask(0.5), diffem.generator_for("cpu", 0, 0, 0)
-        y, observed = (corruption(v, generator) for v in (x0, truth))
-        model, rows = diffem.fit(y, corruption, settings_digits), []
-        features = principal_features(x0)
-        for method, steps in jobs:
-            generator = diffem.generator_for("cpu", 0, 7)
-            samples = torch.stack([diffem.sample(model, observed, steps, method, generator) for _ in range(options.seeds)])
-            distances = [frechet(features, x, x0) for x in samples]
-            rows.append({"method": method, "evaluations": steps, "PSNR": diffem.psnr(samples[0], truth),
-                         "PSNR of the mean": diffem.psnr(samples.mean(0), truth),
-                         "spread": float(samples.std(0).square().mean().sqrt()),
-                         "Frechet": float(np.mean(distances)), "+-": float(np.std(distances))})  # fmt: skip
-            bar.update()
-        floor = frechet(features, truth, x0)
-        table(f"Samplers on digits, Frechet distance of the truth {floor:.2f}", rows, settings)
+    settings = diffem.Settings(**diffem.PRESETS["digits", "small"])
+    x0, truth = diffem.load_data(settings)
+    corruption, generator = diffem.Mask(0.5), diffem.generator_for("cpu", 0, 0, 0)
+    y, observed = (corruption(v, generator) for v in (x0, truth))
+    model, rows = diffem.fit(y, corruption, settings), []
+    features = principal_features(x0)
+    for method, steps in tqdm(jobs, mininterval=5):
+        generator = diffem.generator_for("cpu", 0, 7)
+        samples = torch.stack([diffem.sample(model, observed, steps, method, generator) for _ in range(options.seeds)])
+        distances = [frechet(features, x, x0) for x in samples]
+        rows.append({"method": method, "evaluations": steps, "PSNR": diffem.psnr(samples[0], truth),
+                     "PSNR of the mean": diffem.psnr(samples.mean(0), truth),
+                     "spread": float(samples.std(0).square().mean().sqrt()),
+                     "Frechet": float(np.mean(distances)), "+-": float(np.std(distances))})  # fmt: skip
+    shown = {key: value for key, value in vars(options).items() if key != "function"}
+    table(f"Samplers on digits, Frechet distance of the truth {frechet(features, truth, x0):.2f}", rows, shown)
 
 
 def principal_features(x0: torch.Tensor):
     """The 32 principal components of small images, as features to compare sets of them by."""
-    mean, U, _ = diffem.principal_components(x0, 32, diffem.generator_for("cpu", 0))
-    return lambda x: (x - mean).flatten(1) @ torch.nn.functional.normalize(U, dim=0)
-
-
-# ---- manifold: DiffEM and EM-MMPS on a curve in R^5, the paper's first experiment ------------------------------------
-
-PUBLISHED = dict(laps=8, steps=4096, sample_steps=256, first_sample_steps=0, ema=0.999)
-MANIFOLD = {  # each method's settings on top of the manifold's preset
-    "DiffEM": dict(),
-    "DiffEM, published laps": PUBLISHED,
-    "EM-MMPS": PUBLISHED,
-    "EM-MMPS, our laps": dict(first_sample_steps=0),
-    "EM-MMPS, Gaussian covariance": PUBLISHED,
-    "EM-MMPS, Gaussian covariance, our laps": dict(first_sample_steps=0),
-}
-
-
-def observe_manifold(options: argparse.Namespace, seed: int) -> tuple:
-    """x0 (16384, 5), its observations y, points along the curve, and the corruption."""
-    corruption = diffem.Projection(options.rows, options.noise)
-    if options.data:
-        data = np.load(options.data)
-        x0, A, value, curve = (torch.from_numpy(data[name]) for name in ("x", "A", "y", "curve"))
-        if (options.rows, options.noise) == (2, 0.01):
-            return x0, torch.cat([A, value[..., None]], -1), curve, corruption
-    else:
-        x0 = diffem.manifold(torch.rand(16384, generator=diffem.generator_for("cpu", seed, 0, 4)), seed)
-        curve = diffem.manifold(torch.linspace(0, 1, 20_001)[:-1], seed)
-    return x0, corruption(x0, diffem.generator_for("cpu", seed, 0, 0)), curve, corruption
-
-
-def transport(x: torch.Tensor, x0: torch.Tensor) -> float:
-    """The squared 2-Wasserstein distance of two clouds of as many points, exactly: the limit of Sinkhorn's for reg -> 0."""
-    import ot
-
-    return float(ot.emd2([], [], ot.dist(x.double().numpy(), x0.double().numpy()), numItermax=10**7))
-
-
-def sinkhorn_divergence(x: torch.Tensor, x0: torch.Tensor) -> float:
-    import ot
-
-    def cost(u: torch.Tensor, v: torch.Tensor) -> float:
-        return float(ot.sinkhorn2([], [], ot.dist(u.double(), v.double()), reg=1e-3, method="sinkhorn_log", numItermax=1000))
-
-    return cost(x, x0) - cost(x, x) / 2 - cost(x0, x0) / 2
-
-
-def run_manifold(name: str, seed: int, options: argparse.Namespace, bar: tqdm) -> list[dict]:
-    """A row for the first lap that ends in each tenth of the budget of CPU-seconds, in which the metrics do not count."""
-    x0, y, curve, corruption = observe_manifold(options, seed)
-    preset = diffem.PRESETS["manifold", "small"] | dict(laps=options.laps, seed=seed) | MANIFOLD[name]
-    config, n = diffem.Settings(dataset="manifold", **preset), 4096
-    floor, rows, aside, tenth = transport(x0[:n], x0[-n:]), [], 0.0, -1
-
-    def judge(x: torch.Tensor) -> dict:
-        error = (corruption.measure(x, y[: len(x)]) - corruption.value(y[: len(x)])) / corruption.noise
-        return {"transport": transport(x[:n], x0[:n]) - floor, "residual": float(error.square().mean().sqrt())}
-
-    start, shown = time.process_time(), bar.n
-    run = baselines.em_mmps(y, corruption, config, 0, "Gaussian" in name) if "MMPS" in name else diffem.em(y, corruption, config)
-    for state in run:
-        used = time.process_time() - start - aside
-        bar.update(round(shown + min(used, options.seconds) - bar.n, 1))
-        if used > options.seconds:
-            break
-        if state.drawn == len(y) and int(10 * used / options.seconds) > tenth:
-            tenth = int(10 * used / options.seconds)
-            before = time.process_time()
-            rows.append({"method": name, "seed": seed, "lap": state.lap, "CPU-s": used, **judge(state.x0),
-                         "to the curve": diffem.distance_to_curve(state.x0[:n], curve)})  # fmt: skip
-            aside += time.process_time() - before
-            print(json.dumps(rows[-1]), file=options.log, flush=True)
-    x = diffem.sample(state.model, y[:n], 64 if "MMPS" not in name else 256, "ddpm", diffem.generator_for("cpu", seed, 9))
-    rows[-1] |= {f"finer: {key}": value for key, value in judge(x).items()}
-    if options.sinkhorn:
-        rows[-1]["finer: Sinkhorn"] = sinkhorn_divergence(x, x0[:n]) - sinkhorn_divergence(x0[:n], x0[-n:])
-    return rows
-
-
-def compare_on_manifold(options: argparse.Namespace) -> None:
-    """DiffEM and EM-MMPS on a curve in R^5: the transport cost of 4,096 posterior samples to the truth, less that of two
-    clean sets, by CPU-seconds. finer: of samples by 64 evaluations (256 where guided) from the last model."""
-    names, rows = options.methods or list(MANIFOLD), []
-    total = len(names) * options.seeds * options.seconds
-    print(f"{len(names)} methods, {options.seeds} seeds, {options.seconds} CPU-seconds each: {total / 60:.0f} minutes, and metrics")
-    with open("benchmark-manifold.log", "a") as options.log, tqdm(total=total, unit="CPU-s", mininterval=5) as bar:
-        for name in names:
-            for seed in range(options.first_seed, options.first_seed + options.seeds):
-                rows += run_manifold(name, seed, options, bar)
-    marks = [options.seconds * share for share in (0.02, 0.15, 0.25, 0.5, 0.75, 1)]
-    shown = []
-    for name in names:  # the last lap that ended before each mark, mean and spread over the seeds
-        for mark in marks:
-            last = [[row for row in rows if (row["method"], row["seed"]) == (name, seed) and row["CPU-s"] <= mark]
-                    for seed in range(options.first_seed, options.first_seed + options.seeds)]  # fmt: skip
-            if not all(last):
-                continue
-            last = [runs[-1] for runs in last]
-            row = {"method": name, "CPU-s": mark, "lap": last[0]["lap"]}
-            for key in [key for key in last[0] if key not in ("method", "seed", "CPU-s", "lap")]:
-                values = [run[key] for run in last if key in run]
-                if values:
-                    row |= {key: float(np.mean(values)), f"{key} +-": float(np.std(values))}
-            shown.append(row)
-    table("Manifold", shown, {key: value for key, value in vars(options).items() if key not in ("function", "log")})
+    fitted = diffem.Gaussian(list(x0.shape[1:]), 32).fit(x0, diffem.generator_for("cpu", 0))
+    return lambda x: diffem.transform(x - fitted.mean, 0).flatten(1) @ torch.nn.functional.normalize(fitted.U, dim=0)
 
 
 # ---- images: DiffEM, EM-MMPS and Ambient Diffusion at equal CPU-seconds ----------------------------------------------
@@ -566,7 +440,7 @@ def compare_on_images(options: argparse.Namespace) -> None:
     with tqdm(total=total, unit="CPU-s", mininterval=5) as bar:
         for text, name in jobs:
             corruption = named_corruption(text)
-            preset = diffem.SMALL | dict(laps=10**6, steps=500, sample_steps=16, first_sample_steps=0, flip=True, seed=options.seed)
+            preset = diffem.PHOTOS | dict(laps=10**6, steps=500, sample_steps=16, first_sample_steps=0, seed=options.seed)
             config = diffem.Settings(dataset="folder", **preset)
             generator = diffem.generator_for("cpu", options.seed, 0)
             y, observed = (diffem.corrupt(v, corruption, generator) for v in (x0, truth))
@@ -667,21 +541,9 @@ def main() -> None:
     command.add_argument("--compile", action="store_true", help="also with torch.compile, which takes minutes at first")
     command.set_defaults(function=compare_speed)
     command = commands.add_parser("samplers", help=compare_samplers.__doc__)
-    command.add_argument("--data", help="as of manifold")
     command.add_argument("--seeds", type=int, default=4)
     command.add_argument("--methods", nargs="*", default=["ddpm", "sde2m", "ddim", "dpm2m"])
     command.set_defaults(function=compare_samplers)
-    command = commands.add_parser("manifold", help=compare_on_manifold.__doc__)
-    command.add_argument("--data", help="an .npz with x, A, y and curve (default: our own generator's curves)")
-    command.add_argument("--rows", type=int, default=2, help="dimensions observed")
-    command.add_argument("--noise", type=float, default=0.01)
-    command.add_argument("--laps", type=int, default=60, help="of our own settings")
-    command.add_argument("--seconds", type=int, default=308, help="CPU-seconds a run, at most")
-    command.add_argument("--seeds", type=int, default=3)
-    command.add_argument("--first-seed", type=int, default=0)
-    command.add_argument("--methods", nargs="*", choices=list(MANIFOLD))
-    command.add_argument("--sinkhorn", action="store_true", help="POT's Sinkhorn divergence of the last draws: minutes")
-    command.set_defaults(function=compare_on_manifold)
     command = commands.add_parser("images", help=compare_on_images.__doc__)
     command.add_argument("--data-dir", required=True, help="images in a folder a class")
     command.add_argument("--images", type=int, default=10_000)

@@ -197,11 +197,16 @@ def observed_curve(data: str | None, corruption: Projection, seed: int, number: 
     return arrays["x"], corruption(arrays["x"], generator_for("cpu", seed, 0, 0))
 
 
-def run(y: Tensor, x0: Tensor, corruption: Projection, config: Config, seconds: float, points: int = 4096) -> list[dict]:
+def run(y: Tensor, x0: Tensor, corruption: Projection, config: Config, options: argparse.Namespace, points: int = 4096) -> list[dict]:
     """A row for the first lap that ends in each tenth of the budget of CPU-seconds, without those of the metrics, and for the last."""
     floor, rows, aside, tenth, begun = transport(x0[:points], x0[-points:]), [], 0.0, -1, time.process_time()
     first = first_state(y, corruption, config)
-    for state in itertools.chain([first], diffem.em(y, corruption, config, first)):
+    states, seconds = itertools.chain([first], diffem.em(y, corruption, config, first)), options.seconds
+    if options.guided:
+        from baselines import em_mmps
+
+        states = em_mmps(y, corruption, config, 0, first)
+    for state in states:
         used = time.process_time() - begun - aside
         if used > seconds:
             break
@@ -222,11 +227,13 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=0.01, help="standard deviation of the observations' noise (default: 0.01)")
     parser.add_argument("--seconds", type=float, default=308, help="CPU-seconds (default: 308, all laps)")
     parser.add_argument("--laps", type=int, default=60, help="EM iterations (default: 60)")
+    parser.add_argument("--guided", action="store_true", help="EM-MMPS in place of DiffEM, with the same laps")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     corruption = Projection(options.rows, options.noise)
     x0, y = observed_curve(options.data, corruption, options.seed)
-    run(y, x0, corruption, Config(**CONFIG | dict(laps=options.laps, seed=options.seed)), options.seconds)
+    own = dict(laps=options.laps, seed=options.seed) | (dict(first_sample_steps=0) if options.guided else {})
+    run(y, x0, corruption, Config(**CONFIG | own), options)
 
 
 if __name__ == "__main__":
