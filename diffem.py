@@ -782,8 +782,10 @@ class Denoiser(nn.Module):
         super().__init__()
         C = gaussian.power.shape[0]
         self.corruption, self.x_shape = corruption, [C, gaussian.height, gaussian.width]
-        edm = config.preconditioning == "edm"
-        self.gaussian, self.told = Gaussian(self.x_shape) if edm else gaussian, Corruption() if edm else corruption
+        self.gaussian, self.told = gaussian, corruption
+        if config.preconditioning == "edm":
+            self.gaussian, self.told = Gaussian(self.x_shape), Corruption()  # N(0, I), and w = h = 0
+            self.told.block = 0
         self.sigma_min, self.sigma_max, self.bfloat16 = config.sigma_min, config.sigma_max, False
         self.network = UNet(3 * C + 1, C, config)
 

@@ -286,6 +286,7 @@ def test_exported_files_equal_eager_for_every_corruption(name, tmp_path):
     """On images of other sizes than it was made for, blank observations among them."""
     folder, generator = make_run(tmp_path / "run", (3, 16, 16), name), torch.Generator().manual_seed(0)
     restorer, denoiser = exported(folder), diffem.load(folder)
+    denoiser.bfloat16 = False
     for size in ((16, 16), (20, 28)):
         x = torch.randn(4, 3, *size, generator=generator).clamp(-2, 2)
         y, sigma = denoiser.corruption(x, generator), torch.tensor([0.01, 0.3, 5.0, 50.0])
@@ -295,7 +296,7 @@ def test_exported_files_equal_eager_for_every_corruption(name, tmp_path):
         torch.testing.assert_close(torch.jit.load(folder / "model.ts.pt")(x, sigma, y), expected, atol=1e-5, rtol=1e-5)
         inputs = dict(xt=x, sigma=sigma, y=y, coefficients=torch.ones(4), x0_before=x, noise=x)
         (x0,) = restorer.session.run(["x0"], {name: value.numpy() for name, value in inputs.items()})
-        torch.testing.assert_close(torch.from_numpy(x0), expected, atol=5e-5, rtol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(x0), expected, atol=1e-4, rtol=1e-4)
 
 
 # ---- Restoring image files
