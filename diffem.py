@@ -289,6 +289,7 @@ class Corruption(nn.Module):
     def learn(self, x: Tensor, generator: torch.Generator) -> None:
         """w and h by measurement, for each colour and each coefficient of a block, on images x (N, C, H, W) like the clean ones."""
         (N, C, H, W), n = x.shape, max(1, self.block)
+        require(min(H, W) >= n, f"{H}x{W} pixels are less than a block of {n}x{n}")
         x = x[..., : H // n * n, : W // n * n].clamp(-2, 2)
         t, u = self.T(x), self.T(self.A(x) + self.noise * self.eps(x, generator))
         # The best linear estimate of t from u is  E[t u] / E[u^2] u,  of error  E[t^2] - E[t u]^2 / E[u^2] = 1 / (1 / E[t^2] + w)
@@ -1051,7 +1052,8 @@ def augment(x0: Tensor, config: Config, generator: torch.Generator) -> Tensor:
         size = [4 * max(1, round(n * factor / 4)) for n in x0.shape[2:]]
         x0 = F.interpolate(x0, size=size, mode="bicubic", antialias=True)
     if config.crop:
-        # The corruption's blocks then lie elsewhere on each image, so that what they leave at one place is learnt at another
+        # The corruption's blocks then lie elsewhere on each image, and what they leave at one place is learnt at another. The
+        # crop's edge is an image's: there the U-Net pads by 0 and the corruption mirrors
         top, left = [torch.randint(n - config.crop + 1, (len(x0), 1, 1, 1), generator=generator, device=x0.device) for n in x0.shape[2:]]
         i = torch.arange(config.crop, device=x0.device)
         x0 = x0.take_along_dim(top + i[:, None], 2).take_along_dim(left + i, 3)
