@@ -632,18 +632,18 @@ class Gaussian(nn.Module):
 
 
 def interpolate(y: Tensor, mean: Tensor) -> Tensor:
-    """From the observed values of y (B, C + 1, H, W), means weighted by (d^2 + 0.3)^(-5/2), d the distance in pixels, up to 10;
-    `mean` far from all. The last channel is the share of a pixel's neighbours that is observed, so weighted."""
+    """y (B, C + 1, H, W) with its gaps filled: by means of the observed values, weighted by (d^2 + 0.3)^(-5/2), d the distance in
+    pixels, up to 10, and by `mean` far from all. The last channel is the share of a pixel's neighbours that is observed."""
     H, W = y.shape[-2:]
     d = torch.arange(-10, 11, device=y.device)
-    kernel = (d[:, None] ** 2 + d**2 + 0.3) ** -2.5
+    kernel = (d[:, None] ** 2 + d**2 + 0.3) ** -2.5 * (d[:, None] ** 2 + d**2 > 0)
     # A convolution of the mirrored image, by the DCT:  k_ij = sum_rs kernel_rs cos(pi i r / H) cos(pi j s / W)
     i, j = [torch.cos(math.pi * fractions(n, y.device)[:, None] * d) for n in (H, W)]
-    rows, columns, known = dct(0, H, y.device), dct(0, W, y.device), y[:, -1:]
-    z = torch.cat([known * (y[:, :-1] - mean), known], 1)
+    rows, columns, observed = dct(0, H, y.device), dct(0, W, y.device), y[:, -1:]
+    z = torch.cat([observed * (y[:, :-1] - mean), observed], 1)
     z = rows.T @ (i @ kernel @ j.T * (rows @ z @ columns.T)) @ columns
-    own = 0.3**-2.5
-    return torch.cat([mean + z[:, :-1] / z[:, -1:].clamp_min(1e-3), (z[:, -1:] - own * known) / (kernel.sum() - own)], 1)
+    value = torch.where(observed > 0, y[:, :-1], mean + z[:, :-1] / z[:, -1:].clamp_min(1e-3))
+    return torch.cat([value, z[:, -1:] / kernel.sum()], 1)
 
 
 def start(y: Tensor, corruption: Corruption, config: "Config", generator: torch.Generator) -> Gaussian:

@@ -239,7 +239,7 @@ def test_a_file_that_differs_from_the_model_is_not_kept(run, tmp_path, monkeypat
 
     monkeypatch.setattr(export, "onnx_step", broken)
     assert export.main([str(other)]) == 2
-    assert re.fullmatch(r"export: model.onnx differs from PyTorch by 0.001, .*\n", capsys.readouterr().err)
+    assert re.fullmatch(r"export: model.onnx differs from PyTorch by 0\.0\d+, more than 0.0001: .*\n", capsys.readouterr().err)
     assert {path.name for path in other.iterdir()} == {"checkpoint.pt", "model.ts.pt", "model.onnx"}
     for name in ("model.onnx", "model.ts.pt"):  # what was there before
         assert (other / name).read_bytes() == (run / name).read_bytes()
@@ -296,7 +296,7 @@ def test_exported_files_equal_eager_for_every_corruption(name, tmp_path):
         torch.testing.assert_close(torch.jit.load(folder / "model.ts.pt")(x, sigma, y), expected, atol=1e-5, rtol=1e-5)
         inputs = dict(xt=x, sigma=sigma, y=y, coefficients=torch.ones(4), x0_before=x, noise=x)
         (x0,) = restorer.session.run(["x0"], {name: value.numpy() for name, value in inputs.items()})
-        torch.testing.assert_close(torch.from_numpy(x0), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(x0), expected, atol=5e-4, rtol=1e-3)  # a thirtieth of a grey level
 
 
 # ---- Restoring image files

@@ -79,7 +79,7 @@ def test_the_experiment_comes_nearer_to_the_curve(monkeypatch, capsys):
     ))  # fmt: skip
     import manifold as experiment
 
-    monkeypatch.setattr(experiment, "CONFIG", experiment.CONFIG | dict(channels=(64, 64), steps=60, batch=256))
+    monkeypatch.setattr(experiment, "CONFIG", experiment.CONFIG | dict(channels=(64, 64), steps=300, batch=512))
     monkeypatch.setattr(experiment, "observed_curve", lambda data, corruption, seed, genuine=experiment.observed_curve: genuine(data, corruption, seed, 2048))
     monkeypatch.setattr(sys, "argv", ["manifold.py", "--laps", "6", "--seconds", "300"])
     experiment.main()
