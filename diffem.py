@@ -1078,7 +1078,8 @@ class Settings(Config):
     observations: str = setting("", "a folder of images that are observations, for --corruption to undo; a pixel is missing "
                                 "where it is transparent, or NaN in an .npy")  # fmt: skip
     masks: str = setting("", "for observations: a folder of images named like them, black where a pixel is missing")
-    preset: str = setting("small", "published: the paper's settings, the default on a GPU; small: for a CPU")
+    preset: str = setting("small", "published: the paper's network and schedule, the default on a GPU, from the smooth Gaussian (with "
+                          "--preconditioning edm --smoothness 0 the paper's own start); small: for a CPU")  # fmt: skip
     data_dir: str = setting("data", "where data sets are kept; for folder: the images, at any depth")
     image_size: int = setting(0, "for folder, celeba: crop the centre square and resize it to this; 0: leave images as they are")
     grey: bool = setting(False, "read images as grey")

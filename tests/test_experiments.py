@@ -25,9 +25,9 @@ def classes(tmp_path_factory):
 
 @pytest.mark.parametrize("flags", [[], ["--clean"]])
 def test_restore(flags, classes, tmp_path):
-    settings = "dict(laps=2, steps=2, channels=(8, 8), blocks=1, batch=8, sample_steps=2, prior_steps=2, prior_laps=1, samples=2)"
+    settings = dict(laps=2, steps=2, channels=(8, 8), blocks=1, batch=8, sample_steps=2, prior_steps=2, prior_laps=1, samples=2)
     command = [sys.executable, ROOT / "tests/experiments/restore.py", "--data-dir", classes, "--images", "100", "--held-out", "20",
-               "--corruptions", "mask 0.5", "--settings", settings, *flags]  # fmt: skip
+               "--corruptions", "mask 0.5", "--settings", json.dumps(settings), *flags]  # fmt: skip
     done = subprocess.run([str(word) for word in command], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     table = json.loads((tmp_path / "benchmark.jsonl").read_text().splitlines()[-1])

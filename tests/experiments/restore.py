@@ -6,6 +6,7 @@ clean images, of posterior and of new samples. --clean: the bound, the same netw
 """
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -31,7 +32,8 @@ def measure(state, y, truth, x0, corruption, settings, features) -> dict:
 def run(text: str, x0, truth, features, options) -> list[dict]:
     """A row for each lap."""
     corruption = benchmark.named_corruption(text)
-    settings = diffem.Settings(**diffem.PRESETS["folder", "small"] | dict(dataset="folder", seed=options.seed) | options.settings)
+    own = dict(dataset="folder", seed=options.seed, rescale=text.split()[0] in diffem.ALIKE)
+    settings = diffem.Settings(**diffem.PRESETS["folder", "small"] | own | options.settings)
     generator = diffem.generator_for("cpu", settings.seed, 0, 0)
     y, held_out = (diffem.corrupt(x, corruption, generator) for x in (x0, truth))
     rows, aside, begun = [], 0.0, time.process_time()
@@ -64,19 +66,13 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=500)
     parser.add_argument("--corruptions", nargs="*", default=["mask 0.75"])
     parser.add_argument("--clean", action="store_true", help="train on clean images: the bound")
-    parser.add_argument("--settings", type=eval, default={}, help="a dict of settings on top of the preset's")
+    parser.add_argument("--settings", type=json.loads, default={}, help="JSON: settings on top of the preset's")
     parser.add_argument("--save", help="a file for weights and reconstructions")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     x, classes = benchmark.read_classes(options)
     x0, truth = x[:-1000], x[-1000:][: options.held_out]
-    cache = Path(options.data_dir, "classifier.pt")
-    if cache.exists():
-        features = torch.load(cache, weights_only=False)
-    else:
-        features = benchmark.train_classifier(x0, classes[:-1000])
-        torch.save(features, cache)
-    rows = []
+    features, rows = benchmark.train_classifier(x0, classes[:-1000]), []
     for text in options.corruptions:
         rows += run(text, x0, truth, features, options)
     shown = {key: value for key, value in vars(options).items() if key not in ("data_dir", "save")}
