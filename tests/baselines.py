@@ -51,6 +51,8 @@ class MMPS(nn.Module):
         self.denoiser, self.corruption, self.iterations, self.prior = denoiser, corruption, iterations, prior
         self.sigma_min, self.sigma_max, self.shape = denoiser.sigma_min, denoiser.sigma_max, denoiser.shape
 
+    sample = Denoiser.sample
+
     def forward(self, xt: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
         nothing, variance = torch.zeros_like(y), sigma.view(-1, *[1] * (xt.ndim - 1)) ** 2
         if self.prior is None:
@@ -100,7 +102,7 @@ class MMPSState(State):
 
 def em_mmps(y: Tensor, corruption: Corruption, config: Config, iterations: int = 1, start: State | None = None):
     """As `diffem.em`, from the same start, with a denoiser that is never shown an observation."""
-    config = replace(config, blank=1.0)
+    config = replace(config, p_unconditional=1.0)
     state = MMPSState(**vars(start or next(diffem.em(y, corruption, config))))
     state.iterations, state.observed_by = iterations, corruption
     yield state
@@ -122,6 +124,8 @@ class AmbientDenoiser(nn.Module):
         self.denoiser, self.rate, self.seed = denoiser, rate, seed
         self.sigma_min, self.sigma_max, self.shape = denoiser.sigma_min, denoiser.sigma_max, denoiser.shape
 
+    sample = Denoiser.sample
+
     def forward(self, xt: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
         mask = Mask(self.rate).mask(xt[:1], diffem.generator_for(xt.device, self.seed)).expand(len(xt), -1, -1, -1)
         return self.denoiser(mask * xt, sigma, torch.cat([torch.zeros_like(xt), mask], 1))
@@ -133,11 +137,8 @@ def ambient(y: Tensor, rate: float, further: float, config: Config, seconds) -> 
     Each image loses a further share of its pixels, A~ = B A. The network sees A~ (x0 + sigma eps), and is to give what A shows:
         E_{A~, sigma, eps} lambda(sigma, A~) || A (D(A~ xt, sigma, A~) - x0) ||^2,  lambda = 1 / (1 - A~ / (sigma^2 + 1))
     """
-    with diffem.torch_seeded_by(diffem.generator_for("cpu", config.seed, 0, 2)):
-        denoiser = Masked(Gaussian([y.shape[1] - 1, *y.shape[2:]]), Corruption(), config)
-    denoiser.network.to(memory_format=torch.channels_last)
-    denoiser.bfloat16 = config.bfloat16(y.device)
-    state = diffem.new_state(y[:1, :-1], denoiser, config)
+    gaussian = Gaussian([y.shape[1] - 1, *y.shape[2:]])
+    state = diffem.new_state(y[:1, :-1], diffem.new_denoiser(gaussian, Corruption(), config, y.device, Masked), config)
     step = 0
     while seconds():
         generator = diffem.generator_for(y.device, config.seed, 1, step)
@@ -147,6 +148,6 @@ def ambient(y: Tensor, rate: float, further: float, config: Config, seconds) -> 
         sigma = diffem.random_noise_level(len(x0), config, generator).view(-1, 1, 1, 1)
         xt = x0 + sigma * diffem.randn_like(x0, generator)
         error = known * (state.denoiser(mask * xt, sigma.flatten(), torch.cat([torch.zeros_like(x0), mask], 1)) - x0)
-        diffem.descend(state, (error.square() / (1 - mask / (sigma**2 + 1))).mean(), config)
-        step += 1
+        state.lap, state.step, step = 1, 0, step + 1  # at a constant learning rate
+        diffem.optimise(state, (error.square() / (1 - mask / (sigma**2 + 1))).mean(), config)
     return AmbientDenoiser(state.average.module.eval(), 1 - (1 - rate) * (1 - further), config.seed)

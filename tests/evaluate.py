@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -26,6 +27,18 @@ def write_images(folder: Path, x: torch.Tensor) -> None:
     pixels = ((x.clamp(-2, 2) + 2) * (255 / 4)).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (N, H, W, C)
     for i, image in enumerate(pixels):
         Image.fromarray(image.squeeze(-1) if x.shape[1] == 1 else image).save(folder / f"{i:05d}.png")
+
+
+def ssim(x: torch.Tensor, x0: torch.Tensor) -> float:
+    """Structural similarity (Wang et al. 2004), by a Gaussian window of 1.5 pixels cut at 11x11, or at a small image."""
+    from torchvision.transforms.functional import gaussian_blur
+
+    radius = min(5, (min(x.shape[-2:]) - 1) // 2)
+    blurred = (gaussian_blur(v, 2 * radius + 1, 1.5) for v in (x, x0, x * x, x0 * x0, x * x0))
+    mean, mean0, xx, yy, xy = (F.pad(v, [-radius] * 4) for v in blurred)  # where the window lies within the image
+    c1, c2 = (0.01 * 4) ** 2, (0.03 * 4) ** 2
+    luminance = (2 * mean * mean0 + c1) / (mean**2 + mean0**2 + c1)
+    return float((luminance * (2 * (xy - mean * mean0) + c2) / (xx - mean**2 + yy - mean0**2 + c2)).mean())
 
 
 def fidelity(folder: Path, reference: Path, device: str, weights: str | None) -> dict:
@@ -52,38 +65,36 @@ def fidelity(folder: Path, reference: Path, device: str, weights: str | None) ->
 def evaluate(options: argparse.Namespace) -> None:
     folder, number = Path(options.run), options.num_samples
     diffem.require(number >= 2, "--num-samples takes 2 or more")
-    checkpoint = diffem.load_checkpoint(folder)
-    settings = checkpoint["settings"]
-    own = options.corruption or settings.corruption
-    corruption = diffem.corruption_class(own, trusted=bool(options.corruption))(**settings.parameters)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = diffem.best_model(checkpoint, corruption, device)
-    y, held_out, truth = diffem.observe(settings, corruption)
-    y, generator = torch.cat([held_out, y])[:number], diffem.generator_for(device, settings.seed, 0, 7)
+    settings, device = diffem.load_checkpoint(folder).settings, "cuda" if torch.cuda.is_available() else "cpu"
+    model = diffem.load(folder, best=options.best, device=device)
+    data = diffem.observe(settings, diffem.CORRUPTIONS[settings.corruption](**settings.parameters))
+    y, truth = torch.cat([data.held_out, data.y])[:number], data.truth
+    generator = diffem.generator_for(device, settings.seed, 0, 7)
 
     def draw(y: torch.Tensor, steps: int) -> torch.Tensor:
         parts, method = tqdm(y.split(settings.sample_batch), desc="sampling", leave=False, disable=None), options.method or settings.method
-        return torch.cat([diffem.sample(model, part.to(device), steps, method, generator).cpu() for part in parts])
+        return torch.cat([model.sample(part.to(device), steps, method, generator).cpu() for part in parts])
 
     posterior = draw(y, options.sample_steps or settings.sample_steps)
-    prior = draw(torch.zeros_like(y[:1]).expand(number, -1, -1, -1), options.prior_steps or settings.prior_steps)
-    for name, x in (("posterior", posterior), ("prior", prior)):
+    steps = options.unconditional_steps or settings.unconditional_steps
+    unconditional = draw(torch.zeros_like(y[:1]).expand(number, -1, -1, -1), steps)
+    for name, x in (("posterior", posterior), ("unconditional", unconditional)):
         write_images(folder / "samples" / name, x)
         print(f"{folder}/samples/{name}: {len(x)} images")
     if truth is not None:
         x, truth = (v[: min(len(truth), number)] for v in (posterior, truth))
-        print(f"posterior, {len(x)} held-out images: PSNR {diffem.psnr(x, truth):.2f} dB, SSIM {diffem.ssim(x, truth):.3f}")
+        print(f"posterior, {len(x)} held-out images: PSNR {diffem.psnr(x, truth):.2f} dB, SSIM {ssim(x, truth):.3f}")
     if options.reference:
         (H, W), like = y.shape[-2:], dict(dataset="folder", observations="", masks="", data_dir=options.reference)
         like = replace(settings, **like, image_size=H if H == W else 0)
         reference = diffem.read_images(diffem.image_files(like), like)[:, :-1]
     elif truth is not None:
-        reference = diffem.load_data(settings)[0]
+        reference = diffem.load_images(settings)[0]
     else:
         print("FID and the like need clean images to compare with: --reference FOLDER")
         return
     write_images(folder / "samples" / "reference", reference)
-    for name in ("posterior", "prior"):
+    for name in ("posterior", "unconditional"):
         metrics = fidelity(folder / "samples" / name, folder / "samples" / "reference", device, options.inception_weights)
         print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
 
@@ -95,9 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--reference", metavar="FOLDER", help="clean images (default: those that the run's data were made from)")
     parser.add_argument("--method", help="sampler (default: the run's)")
     parser.add_argument("--sample-steps", type=int, help="evaluations to restore an image (default: the run's)")
-    parser.add_argument("--prior-steps", type=int, help="evaluations to draw a new image (default: the run's)")
+    parser.add_argument("--unconditional-steps", type=int, help="evaluations to sample a new image (default: the run's)")
+    parser.add_argument("--best", action="store_true", help="the lap with the best energy score, not the last one")
     parser.add_argument("--inception-weights", metavar="FILE", help="Inception's, where they cannot be downloaded")
-    parser.add_argument("--corruption", metavar="FILE.py:CLASS", help="the run's own, if you trust that file")
     try:
         evaluate(parser.parse_args(argv))
     except (diffem.DiffEMError, OSError) as error:

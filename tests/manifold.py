@@ -27,7 +27,7 @@ from diffem import Config, Corruption, NoiseEmbedding, State, generator_for, ran
 
 CONFIG = dict(
     channels=(256, 256, 256), laps=60, steps=200, batch=1024, ema=0.98, sigma_max=10.0, method="ddpm", sample_steps=16,
-    first_sample_steps=4, sample_batch=16384, prior_rank=4, prior_laps=16,
+    first_sample_steps=4, sample_batch=16384, start_rank=4, start_laps=16,
 )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ class Projection(Corruption):
         """A x, (B, rows)."""
         return (y[..., :-1] @ x[..., None])[..., 0]
 
-    def hides(self) -> bool:
+    def hides_pixels(self) -> bool:
         return True  # all that A does not show
 
 
@@ -71,7 +71,6 @@ class MLP(nn.Module):
         return self.out(self.layers(torch.cat([xt, mean, y.flatten(1), self.emb(log_sigma)], 1)))
 
 
-
 class VectorDenoiser(nn.Module):
     """D = G + C^(1/2) F(c_in xt, G, C^(1/2), log sigma), G and C mean and covariance of x0 given xt and y under N(0, I).
 
@@ -83,6 +82,8 @@ class VectorDenoiser(nn.Module):
         super().__init__()
         self.corruption, self.sigma_min, self.sigma_max = corruption, config.sigma_min, config.sigma_max
         self.network = MLP(2 * d + d**2, d, config)
+
+    sample = diffem.Denoiser.sample
 
     def shape(self, y: Tensor) -> list[int]:
         return [y.shape[0], y.shape[2] - 1]
@@ -147,8 +148,8 @@ def first_state(y: Tensor, corruption: Projection, config: Config) -> State:
     """The state before the first lap: draws from a Gaussian that is fitted to the observations y (N, m, d + 1) by EM."""
     generator, d = generator_for("cpu", config.seed, 0, 1), y.shape[2] - 1
     gaussian = VectorGaussian(torch.zeros(d), torch.zeros(d, 1), 1.0)
-    for _ in range(config.prior_laps):
-        gaussian = VectorGaussian.fit(gaussian.draw(y[:4096], corruption, generator), config.prior_rank)
+    for _ in range(config.start_laps):
+        gaussian = VectorGaussian.fit(gaussian.draw(y[:4096], corruption, generator), config.start_rank)
     with torch_seeded_by(generator_for("cpu", config.seed, 0, 2)):
         denoiser = VectorDenoiser(d, corruption, config)
     state = diffem.new_state(gaussian.draw(y, corruption, generator), denoiser, config)
@@ -164,19 +165,6 @@ def manifold(t: Tensor, seed: int) -> Tensor:
     dense = torch.linspace(0, 1, 20_001)[:-1]
     x, curve = ((a / k**3 * torch.cos(2 * math.pi * (k * u[:, None] + phase))).sum(2).T for u in (t, dense))
     return 4 * (x - curve.amin(0)) / (curve.amax(0) - curve.amin(0)) - 2
-
-
-
-def sliced_wasserstein(x: Tensor, x0: Tensor, generator: torch.Generator, directions: int = 256) -> float:
-    """The 2-Wasserstein distance of projections of x and x0, both (N, d), root mean square over random directions."""
-    u = F.normalize(torch.randn(x.shape[1], directions, generator=generator, device=x.device), dim=0)
-    return float(((x @ u).sort(0).values - (x0 @ u).sort(0).values).square().mean().sqrt())
-
-
-def distance_to_curve(x: Tensor, curve: Tensor) -> float:
-    """The mean distance of points (N, d) from the nearest of the curve's (M, d)."""
-    return float(torch.cat([torch.cdist(part, curve).amin(1) for part in x.split(512)]).mean())
-
 
 
 def transport(x: Tensor, x0: Tensor) -> float:

@@ -19,8 +19,8 @@ import diffem
 import evaluate
 
 ROOT = Path(__file__).parents[1]
-SMALL = ("--channels 8 8 --blocks 1 --laps 1 --steps 3 --batch 8 --sample-steps 3 --prior-laps 2 --prior-rank 4 --held-out 12 "
-         "--samples 2 --limit 40").split()  # fmt: skip
+SMALL = ("--channels 8 8 --blocks 1 --laps 1 --steps 3 --batch 8 --sample-steps 3 --start-laps 2 --start-rank 4 --held-out 12 "
+         "--num-samples 2 --limit 40").split()  # fmt: skip
 
 
 def start(*arguments, cwd, **kind):
@@ -55,14 +55,14 @@ def idx(path: Path, array: np.ndarray):
 
 
 def check_run(folder: Path, laps: int = 1):
-    names = {"config.json", "checkpoint.pt", "metrics.jsonl", "curves.png"} | {f"lap_{i:02d}.png" for i in range(laps + 1)}
+    names = {"config.json", "checkpoint.pt", "metrics.jsonl"} | {f"lap_{i:02d}.png" for i in range(laps + 1)}
     assert {path.name for path in folder.iterdir()} == names
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["lap"] for line in lines] == list(range(laps + 1))
     for line in lines:
-        assert {"psnr", "psnr_mean", "ssim", "residual", "spread"} <= line.keys()
+        assert {"psnr", "psnr_mean", "residual", "spread", "energy", "coverage_90", "frechet_pca"} <= line.keys()
         assert all(np.isfinite(value) for value in line.values())
-    assert "loss_0.1" in lines[-1]
+    assert "loss" in lines[-1]
     assert Image.open(folder / f"lap_{laps:02d}.png").width > 500
 
 
@@ -73,7 +73,7 @@ def check_run(folder: Path, laps: int = 1):
 def test_script_with_every_corruption(corruption, tmp_path):
     code, out, err = script(*SMALL, "--corruption", *corruption.split(), cwd=tmp_path)
     assert code == 0 and err == "", err
-    assert re.search(r"PSNR of the posterior mean: Gaussian prior \d+\.\d+ dB, DiffEM \d+\.\d+ dB", out)
+    assert re.search(r"PSNR of the posterior mean: start \d+\.\d+ dB, DiffEM \d+\.\d+ dB", out)
     check_run(tmp_path / "runs" / f"digits-{corruption.split()[0]}-1")
 
 
@@ -102,7 +102,7 @@ def test_cifar10_without_a_gpu_takes_the_small_preset_and_resumes(tmp_path, monk
     monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCIFAR10)
     monkeypatch.chdir(tmp_path)
     assert diffem.main([*SMALL, "--dataset", "cifar10", "--device", "cpu"]) == 0
-    assert re.search("no GPU, so the small preset", capsys.readouterr().out)
+    assert re.search("small preset, for a CPU", capsys.readouterr().out)
     assert diffem.main(["--resume", "runs/cifar10-mask-1", "--laps", "2", "--device", "cpu"]) == 0
     check_run(tmp_path / "runs/cifar10-mask-1", laps=2)
     saved = json.loads((tmp_path / "runs/cifar10-mask-1/config.json").read_text())
@@ -110,30 +110,39 @@ def test_cifar10_without_a_gpu_takes_the_small_preset_and_resumes(tmp_path, monk
 
 
 OWN = """
-from diffem import Corruption
+import sys
+import diffem
 
-class Saturate(Corruption):
+class Saturate(diffem.Corruption):
     def __init__(self, limit_at: float = 1.0):
-        super().__init__()
-        self.limit_at = limit_at
+        super().__init__(limit_at=limit_at)
 
     def A(self, x):
         return x.clamp(-self.limit_at, self.limit_at)
+
+if __name__ == "__main__":
+    sys.exit(diffem.main(saturate=Saturate))
 """
 
 
 def test_a_corruption_of_ones_own(tmp_path):
     (tmp_path / "own.py").write_text(OWN)
-    own = ("--corruption", "own.py:Saturate")
-    code, out, err = script(*SMALL, *own, "--limit-at", 0.8, cwd=tmp_path)
-    assert code == 0 and err == "", err
+
+    def own(*arguments):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "own.py", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+
+    done = own(*SMALL, "--corruption", "saturate", "--limit-at", "0.8")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
     check_run(tmp_path / "runs" / "digits-saturate-1")
-    assert "limit_at=0.8" in out
+    assert "limit_at 0.8" in done.stdout
     code, out, err = script("--resume", "runs/digits-saturate-1", "--laps", 2, cwd=tmp_path)
-    assert code == 2 and "own.py:Saturate" in err  # a checkpoint alone makes no code run
-    code, out, err = script("--resume", "runs/digits-saturate-1", "--laps", 2, *own, cwd=tmp_path)
-    assert code == 0 and err == "", err
+    assert code == 2 and "unknown corruption 'saturate'" in err
+    done = own("--resume", "runs/digits-saturate-1", "--laps", "2")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
     check_run(tmp_path / "runs" / "digits-saturate-1", laps=2)
+    assert "--limit-at" in own("--corruption", "saturate", "--help").stdout
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
@@ -148,13 +157,13 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 130, (out, err)
     assert "--resume runs/parts" in out and "Traceback" not in err
-    assert torch.load(tmp_path / "runs/parts/checkpoint.pt", weights_only=True)["lap"] <= 1
+    assert torch.load(tmp_path / "runs/parts/checkpoint.pt", weights_only=True)["state"]["lap"] <= 1
     with open(tmp_path / "runs/parts/metrics.jsonl", "a") as file:  # as if it had been killed between a report and its checkpoint
         file.write('{"lap": 1, "psnr": 0}\n')
     code, out, err = script("--resume", "runs/parts", cwd=tmp_path)
     assert code == 0 and err == "", err
     check_run(tmp_path / "runs/parts", laps=2)
-    whole, parts = (torch.load(tmp_path / "runs" / name / "checkpoint.pt", weights_only=True) for name in ("whole", "parts"))
+    whole, parts = (torch.load(tmp_path / "runs" / name / "checkpoint.pt", weights_only=True)["state"] for name in ("whole", "parts"))
     for name, weight in whole["average"].items():
         assert torch.equal(weight, parts["average"][name]), name
     assert torch.equal(whole["x0"], parts["x0"])
@@ -164,7 +173,10 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
 def test_help(tmp_path):
     code, out, err = script("--help", cwd=tmp_path)
     assert code == 0
-    for words in ("--image-size", "--resume", "--prior-rank", "--lr", "(default: 0.001)", "quality=20", "steps=50000"):
+    for words in ("--image-size", "--resume", "--start-rank", "(default: 0.001)", "--rate", "(default: 0.5)", "cifar10 published"):
+        assert words in " ".join(out.split()), words
+    code, out, err = script("--help", "--dataset", "cifar10", "--preset", "published", "--corruption", "jpeg", cwd=tmp_path)
+    for words in ("(default: 50000)", "(default: 128 256 384)", "--quality", "(default: 20)"):  # those that hold there
         assert words in " ".join(out.split()), words
     assert list(tmp_path.iterdir()) == []
 
@@ -210,7 +222,7 @@ def test_evaluation_of_a_run(photos, tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert re.search(r"12 held-out images: PSNR \d+\.\d+ dB, SSIM", out)
     assert err == "evaluate: FID, IS, KID, precision and recall need torch-fidelity: pip install torch-fidelity\n"
-    for kind in ("posterior", "prior"):
+    for kind in ("posterior", "unconditional"):
         files = sorted((tmp_path / "runs/one/samples" / kind).iterdir())
         assert len(files) == 30 and Image.open(files[-1]).size == (8, 8)
     monkeypatch.setitem(sys.modules, "torch_fidelity", type("module", (), {"calculate_metrics": staticmethod(fake_fidelity)}))
@@ -220,12 +232,31 @@ def test_evaluation_of_a_run(photos, tmp_path, monkeypatch, capsys):
     assert evaluate.main([*evaluation, *weights]) == 0  # against the 40 images that it was trained to restore
     assert "posterior: FID 4.003e+04, IS 0.5, KID 0.5, precision 0.5, recall 0.5" in capsys.readouterr().out
     assert evaluate.main([*evaluation, *weights, "--reference", str(photos / "class0"), "--method", "ddim", "--sample-steps", "2"]) == 0
-    assert "prior: FID 2.003e+04" in capsys.readouterr().out
+    assert "unconditional: FID 2.003e+04" in capsys.readouterr().out
     for flags, message in ((["--reference", "nowhere"], "nowhere"), (["--method", "euler"], "unknown method euler")):
         assert evaluate.main([*evaluation, *flags]) == 2
         assert message in (err := capsys.readouterr().err) and err.count("\n") == 1
     assert evaluate.main(["runs/two"]) == 2
     assert "no checkpoint" in capsys.readouterr().err
+
+
+def test_ssim(generator):
+    x0 = torch.rand(3, 1, 16, 16, generator=generator) * 4 - 2
+    assert evaluate.ssim(x0, x0) == pytest.approx(1.0, abs=1e-5)
+    # Wang et al.'s formula, window by window
+    x, window = x0 + 0.5 * torch.randn(x0.shape, generator=generator), np.outer(*[np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)] * 2)
+    window /= window.sum()
+    values = []
+    for a, b in zip(x[:, 0].double().numpy(), x0[:, 0].double().numpy()):
+        for i in range(6):
+            for j in range(6):
+                p, q = a[i : i + 11, j : j + 11], b[i : i + 11, j : j + 11]
+                mp, mq = (window * p).sum(), (window * q).sum()
+                vp, vq, c = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum(), (window * (p - mp) * (q - mq)).sum()
+                c1, c2 = 0.04**2, 0.12**2
+                values.append((2 * mp * mq + c1) * (2 * c + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2)))
+    assert evaluate.ssim(x, x0) == pytest.approx(np.mean(values), abs=1e-4)
+    assert 0 < evaluate.ssim(x[..., :8, :8], x0[..., :8, :8]) < 1
 
 
 # ---- Bad input: one line, exit code 2
@@ -243,31 +274,32 @@ def fails(arguments, cwd, monkeypatch, capsys) -> str:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("--dataset imagenet", "unknown data set 'imagenet'"),
+        ("--dataset imagenet", "no data set 'imagenet'"),
         ("--corruption fog", "unknown corruption 'fog'"),
-        ("--corruption nowhere.py:Fog", "nowhere.py:Fog"),
-        ("--rate 1.0", r"rate must be in \[0, 1\)"),
-        ("--rate -0.1", r"rate must be in \[0, 1\)"),
+        ("--rate 1.0", r"--rate must be from 0 to 0.999, not 1.0"),
+        ("--rate -0.1", r"--rate must be from 0 to 0.999, not -0.1"),
+        ("--rate nan", r"--rate must be from 0 to 0.999, not nan"),
         ("--rate many", "--rate"),
         ("--corruption jpeg --quality 0", "quality"),
         ("--corruption downsample --factor 3", "cannot be downsampled by 3"),
         ("--corruption projection", "unknown corruption 'projection'"),
-        ("--dataset manifold", "unknown data set 'manifold'"),
-        ("--preconditioning none", "unknown preconditioning none"),
+        ("--dataset manifold", "no data set 'manifold'"),
+        ("--preconditioning none", "unknown preconditioning 'none'"),
         ("--smoothness -1", "smoothness"),
         ("--frobnicate 3", "--frobnicate"),
-        ("--preset published", "digits has no preset 'published'"),
-        ("--method euler", "unknown method euler"),
-        ("--laps 0", "laps must be at least 1"),
-        ("--sigma-max 1e-4", "sigma_min"),
+        ("--preset published", "no data set 'digits' with preset 'published'"),
+        ("--method euler", "unknown method 'euler'"),
+        ("--laps 0", "--laps must be from 1 to"),
+        ("--sigma-max 1e-4", "--sigma-min must be below"),
         ("--attention 1 --heads 5", "5 heads"),
-        ("--attention 2", "levels in 0 to 1"),
+        ("--attention 2", "levels are 0 to 1"),
+        ("--sample-steps 1000000000", "--sample-steps must be from 1 to"),
+        ("--first-sample-steps -1", "--first-sample-steps must be from 0"),
         ("--held-out 2000", "too few"),
         ("--image-size 16", "--dataset folder"),
         ("--device tpu", "unknown device 'tpu'"),
-        ("--data-device tpu", "unknown device 'tpu'"),
-        ("--precision float16", "unknown precision float16"),
-        ("--compile maybe", "unknown compile maybe"),
+        ("--precision float16", "unknown precision 'float16'"),
+        ("--compile maybe", "unknown compile 'maybe'"),
         ("--dataset folder --data-dir nowhere", "no folder nowhere"),
         ("--resume runs/nothing", "no checkpoint"),
     ],
@@ -299,7 +331,6 @@ def test_bad_folders(photos, tmp_path, monkeypatch, capsys):
 def test_a_data_set_that_cannot_be_downloaded(tmp_path):
     code, out, err = script(*SMALL, "--dataset", "cifar10", cwd=tmp_path)
     assert code == 2 and "Traceback" not in err
-    assert "no GPU, so the small preset" in out
     last = err.strip().splitlines()[-1]
     assert "cannot download cifar10" in last and "cifar-10-python.tar.gz" in last and str(tmp_path) in last
 
@@ -311,9 +342,9 @@ def test_bad_checkpoints_and_folders(tmp_path, monkeypatch, capsys):
     path = tmp_path / "runs/one/checkpoint.pt"
     whole = path.read_bytes()
     assert "runs/one exists" in fails([*SMALL, "--name", "one"], tmp_path, monkeypatch, capsys)
-    err = fails(["--resume", "runs/one", "--rate", 0.3], tmp_path, monkeypatch, capsys)
-    assert "rate" in err and "0.3" in err and "0.5" in err
-    assert "dataset" in fails(["--resume", "runs/one", "--dataset", "manifold"], tmp_path, monkeypatch, capsys)
+    assert "other values of parameters" in fails(["--resume", "runs/one", "--rate", 0.3], tmp_path, monkeypatch, capsys)
+    assert "other values of steps" in fails(["--resume", "runs/one", "--steps", 4], tmp_path, monkeypatch, capsys)
+    assert "dataset" in fails(["--resume", "runs/one", "--dataset", "mnist"], tmp_path, monkeypatch, capsys)
     for junk in (whole[: len(whole) // 2], b"junk", b"", whole[:-1000] + b"\0" * 1000):
         path.write_bytes(junk)
         assert "not a checkpoint" in fails(["--resume", "runs/one"], tmp_path, monkeypatch, capsys)
@@ -343,7 +374,7 @@ def test_nan_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
     err = fails([*SMALL, "--lr", "1e30", "--name", "nan"], tmp_path, monkeypatch, capsys)
     assert re.search(r"lap 1, step \d", err)
     checkpoint = diffem.load_checkpoint(tmp_path / "runs/nan")
-    assert checkpoint["lap"] == 0 and all(w.isfinite().all() for w in checkpoint["denoiser"].values())
+    assert checkpoint.state["lap"] == 0 and all(w.isfinite().all() for w in checkpoint.state["denoiser"].values())
 
 
 def test_full_disk(tmp_path):
@@ -352,4 +383,4 @@ def test_full_disk(tmp_path):
     code, out, err = script(*SMALL, "--channels", 16, 32, "--name", "full", cwd=tmp_path, preexec_fn=limit)
     assert code == 2 and err.count("\n") == 1, err
     assert "cannot write" in err and "checkpoint.pt" in err
-    assert not (tmp_path / "runs/full/checkpoint.tmp").exists()
+    assert not (tmp_path / "runs/full/checkpoint.pt.new").exists()

@@ -8,6 +8,7 @@ from scipy.ndimage import gaussian_filter
 from sklearn.datasets import load_sample_image
 
 import diffem
+import export
 from diffem import CORRUPTIONS, Block, Blur, Corruption, DiffEMError, Downsample, Jpeg, Linear, Mask, Noise, dct, inverse, transform
 
 
@@ -145,7 +146,7 @@ def test_jpeg_is_pillows(quality, subsampling, grey, size, tmp_path, generator):
         pixels = np.array(Image.fromarray(pixels).convert("L")) if grey else pixels
         Image.fromarray(pixels).save(path, quality=quality, subsampling=subsampling)
         expected = np.asarray(Image.open(path), np.float32)
-        for corruption in (Jpeg(quality, subsampling), Jpeg(**diffem.jpeg_parameters([path]))):
+        for corruption in (Jpeg(quality, subsampling), Jpeg(**export.jpeg_tables([path]))):
             ours = (corruption(to_tensor(pixels), generator)[0, :-1].permute(1, 2, 0).numpy() + 2) * (255 / 4)
             errors.append(np.abs(ours.squeeze() - expected))
     errors = np.stack(errors)

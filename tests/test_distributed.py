@@ -17,7 +17,7 @@ from diffem import Config, Gaussian, Mask
 ROOT = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-CONFIG = dict(channels=(8, 8), blocks=1, laps=2, steps=12, batch=8, sample_steps=3, prior_laps=2, prior_rank=4, precision="float32")
+CONFIG = dict(channels=(8, 8), blocks=1, laps=2, steps=12, batch=8, sample_steps=3, start_laps=2, start_rank=4, precision="float32")
 
 TRAIN = f"""
 import os, sys, torch
@@ -35,7 +35,7 @@ os._exit(0)  # as diffem.py does: Gloo's threads may outlive the process group, 
 """
 
 
-def test_two_processes_train_as_one_with_the_same_batches(tmp_path):
+def test_two_processes_train_as_one_with_the_same_batches(tmp_path, monkeypatch):
     x0 = torch.randn(41, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     y = Mask(0.5)(x0, torch.Generator().manual_seed(1))
     torch.save(y, tmp_path / "y.pt")
@@ -49,30 +49,30 @@ def test_two_processes_train_as_one_with_the_same_batches(tmp_path):
     x0 = []
     for rank, part in enumerate(parts):
         generator = diffem.generator_for("cpu", 0, 0, 1, rank)
-        x0.append(diffem.start(part, corruption, config, generator).draw(part, corruption, generator))
+        x0.append(diffem.fit_start(part, corruption, config, generator).draw(part, corruption, generator))
         if rank == 0:  # the first process's Gaussian is that of all
             gaussian = Gaussian([1, 8, 8], power=1.0).fit(diffem.random_images(x0[0], 4096, generator), generator)
+    genuine = diffem.optimise
     state, losses = diffem.new_state(x0[0], diffem.new_denoiser(gaussian, corruption, config, "cpu"), config), []
-    for lap in (1, 2):
-        state.lap = lap
-        for step in range(config.steps):
-            loss = 0
+    monkeypatch.setattr(diffem, "optimise", lambda state, loss, config: parts_of_the_loss.append(loss))
+    for state.lap in (1, 2):
+        for state.step in range(config.steps):
+            parts_of_the_loss = []
             for rank in (0, 1):
                 state.x0 = x0[rank]
-                loss = loss + diffem.batch_loss(state, corruption, half, diffem.generator_for("cpu", 0, lap, step, rank)) / 2
-            for group in state.optimizer.param_groups:
-                group["lr"] = config.learning_rate(lap, step)
-            losses.append(float(diffem.descend(state, loss, config)))
+                diffem.m_step(state, half, diffem.generator_for("cpu", 0, state.lap, state.step, rank))
+            genuine(state, sum(parts_of_the_loss) / 2, config)
+            losses.append(float(state.losses[state.step - 1]))
         for rank in (0, 1):
-            generator = diffem.generator_for("cpu", 0, lap, config.steps, rank)
-            x0[rank] = diffem.sample(state.model, parts[rank], *config.e_step_sampler(lap), generator)
+            generator = diffem.generator_for("cpu", 0, state.lap, config.steps, rank)
+            x0[rank] = state.model.sample(parts[rank], *config.e_step_sampler(state.lap), generator)
     torch.testing.assert_close(torch.cat(results[0][0]), torch.tensor(losses), rtol=1e-4, atol=1e-5)
     for result in results:
         torch.testing.assert_close(result[2][0::2], x0[0], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(result[2][1::2], x0[1], rtol=1e-3, atol=1e-3)
 
 
-FLAGS = "--channels 8 8 --blocks 1 --batch 8 --held-out 8 --samples 2 --sample-steps 2 --prior-laps 1 --prior-rank 4 --limit 101 --name two"
+FLAGS = "--channels 8 8 --blocks 1 --batch 8 --held-out 8 --num-samples 2 --sample-steps 2 --start-laps 1 --start-rank 4 --limit 101 --name two"
 
 
 def test_a_run_of_two_processes_prints_once_and_goes_on_in_one(tmp_path):
@@ -81,7 +81,7 @@ def test_a_run_of_two_processes_prints_once_and_goes_on_in_one(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("lap 1/1") == done.stdout.count("101 observations") == done.stdout.count("2 processes on cpu") == 1
     checkpoint = diffem.load_checkpoint(tmp_path / "runs/two")
-    assert len(checkpoint["x0"]) == checkpoint["drawn"] == 101
+    assert len(checkpoint.state["x0"]) == checkpoint.state["drawn"] == 101
     command = [sys.executable, str(ROOT / "diffem.py"), "--resume", "runs/two", "--laps", "2"]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -101,4 +101,4 @@ def test_a_dead_process_ends_the_run_and_leaves_the_checkpoint_whole(tmp_path):
         _, errors = run.communicate(timeout=120)
     assert run.returncode != 0
     assert "another process of this run has died" in errors
-    assert diffem.load_checkpoint(tmp_path / "runs/two")["lap"] >= 0
+    assert diffem.load_checkpoint(tmp_path / "runs/two").state["lap"] >= 0

@@ -10,12 +10,12 @@ import torch
 
 import diffem
 from diffem import (
-    Config, DiffEMError, Gaussian, Mask, Settings, em, evaluate, fit, load, load_checkpoint, new_denoiser, new_state, psnr,
-    restore_state, sample, save_checkpoint, ssim,
+    Config, Denoiser, DiffEMError, Gaussian, Mask, Settings, accuracy, em, fit, load, load_checkpoint, new_denoiser, new_state, psnr,
+    restore_state, save_checkpoint,
 )  # fmt: skip
 
 TINY = dict(
-    channels=(8, 8), blocks=1, dropout=0.1, laps=2, steps=6, batch=8, sample_steps=4, sample_batch=16, prior_laps=2, prior_rank=4,
+    channels=(8, 8), blocks=1, dropout=0.1, laps=2, steps=6, batch=8, sample_steps=4, sample_batch=16, start_laps=2, start_rank=4,
 )  # fmt: skip
 
 
@@ -53,8 +53,8 @@ def test_same_seed_same_result_and_torchs_generator_is_left_alone():
 def test_the_first_e_steps_take_fewer_evaluations(monkeypatch):
     _, y = images()
     config, taken = Config(**TINY | dict(laps=8, steps=1, sample_steps=16, first_sample_steps=4)), []
-    genuine = diffem.sample
-    monkeypatch.setattr(diffem, "sample", lambda m, y, steps, *rest: taken.append(steps) or genuine(m, y, steps, *rest))
+    genuine = Denoiser.sample
+    monkeypatch.setattr(Denoiser, "sample", lambda m, y, steps, *rest: taken.append(steps) or genuine(m, y, steps, *rest))
     for _ in em(y, Mask(0.5), config):
         pass
     assert taken[::3] == [4, 6, 8, 11, 16, 16, 16, 16]  # 4 * 4^(lap / 4), in three batches each
@@ -62,13 +62,13 @@ def test_the_first_e_steps_take_fewer_evaluations(monkeypatch):
     assert samplers == [4, 4, 4, 9, 9, 4]
     methods = [Config(laps=laps, first_method="ddim").e_step_sampler(lap)[1] for laps in (1, 2, 5) for lap in range(1, laps + 1)]
     assert methods == ["sde2m", "ddim", "sde2m", "ddim", "ddim", "sde2m", "sde2m", "sde2m"]
-    with pytest.raises(DiffEMError, match="first_sample_steps"):
+    with pytest.raises(DiffEMError, match="first-sample-steps"):
         Config(first_sample_steps=-1)
 
 
 def test_a_batch_that_does_not_fit_into_memory_is_halved(monkeypatch):
     _, y = images()
-    genuine, sizes = diffem.sample, []
+    genuine, sizes = Denoiser.sample, []
 
     def small_memory(model, y, *rest):
         if len(y) > 10:
@@ -76,10 +76,10 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(monkeypatch):
         sizes.append(len(y))
         return genuine(model, y, *rest)
 
-    monkeypatch.setattr(diffem, "sample", small_memory)
+    monkeypatch.setattr(Denoiser, "sample", small_memory)
     states = [(state.lap, state.drawn) for state in em(y, Mask(0.5), Config(**TINY))]
     assert states[-1] == (2, 40) and sizes == 10 * [8]  # 16, halved once
-    monkeypatch.setattr(diffem, "sample", lambda *rest: genuine(*rest).view(7))
+    monkeypatch.setattr(Denoiser, "sample", lambda *rest: genuine(*rest).view(7))
     with pytest.raises(RuntimeError, match="invalid"):  # other errors are not for us to mend
         fit(y, Mask(0.5), Config(**TINY))
 
@@ -111,11 +111,12 @@ def test_resumed_equals_uninterrupted(stop_at, tmp_path):
     expected = weights(fit(y, Mask(0.5), settings))
     for count, state in enumerate(em(y, Mask(0.5), settings), 1):
         if count == stop_at:
-            save_checkpoint(tmp_path, state, settings, "data")
+            save_checkpoint(tmp_path, state, settings)
             break
     checkpoint = load_checkpoint(tmp_path)
-    state = restore_state(checkpoint, Mask(0.5), checkpoint["settings"])
-    assert (state.lap, state.step, state.drawn) == (checkpoint["lap"], checkpoint["step"], checkpoint["drawn"])
+    before = state.lap, state.step, state.drawn
+    state = restore_state(checkpoint, Mask(0.5))
+    assert (state.lap, state.step, state.drawn) == before
     for state in em(y, Mask(0.5), settings, state):
         pass
     assert torch.equal(weights(state.model), expected)
@@ -126,10 +127,10 @@ def test_save_and_load_give_equal_outputs(tmp_path):
     settings = Settings(**TINY, parameters={"rate": 0.5, "noise": 1e-3})
     for state in em(y, Mask(0.5), settings):
         pass
-    save_checkpoint(tmp_path, state, settings, "data")
-    first, second = (sample(m, y, 4, "ddpm", torch.Generator().manual_seed(0)) for m in (state.model, load(tmp_path)))
+    save_checkpoint(tmp_path, state, settings)
+    first, second = (m.sample(y, 4, "ddpm", torch.Generator().manual_seed(0)) for m in (state.model, load(tmp_path)))
     assert torch.equal(first, second)
-    assert not (tmp_path / "checkpoint.tmp").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
 class Payload:
@@ -148,17 +149,15 @@ def test_loading_runs_no_code(tmp_path, monkeypatch):
     assert not (tmp_path / "executed").exists()
 
 
-def test_loading_does_not_run_the_users_corruption(tmp_path):
+def test_a_corruption_of_ones_own_is_given_to_load(tmp_path):
     _, y = images()
-    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
-    settings = Settings(**TINY, corruption=f"{tmp_path / 'own.py'}:Own")
+    settings = Settings(**TINY, corruption="own")
     for state in em(y, Mask(0.5), settings):
         break
-    save_checkpoint(tmp_path, state, settings, "data")
+    save_checkpoint(tmp_path, state, settings)
     with pytest.raises(DiffEMError, match="own"):
         load(tmp_path)
     assert load(tmp_path, corruption=Mask(0.5)) is not None
-    assert not (tmp_path / "executed").exists()
 
 
 def test_nan_stops_with_lap_and_step():
@@ -167,8 +166,8 @@ def test_nan_stops_with_lap_and_step():
         fit(y, Mask(0.5), Config(**TINY, lr=1e30))
 
 
-def test_blanked_and_seen_observations_train_one_network(generator):
-    """With blank = 0 no observation is blanked; with 0.9 nine of ten are."""
+def test_unconditional_and_conditional_train_one_network(generator):
+    """With p_unconditional = 0 no observation is replaced by 0; with 0.9 nine of ten are."""
     seen = []
 
     class Spy(Mask):
@@ -176,12 +175,12 @@ def test_blanked_and_seen_observations_train_one_network(generator):
             seen.append((y != 0).flatten(1).any(1).float().mean())
             return super().precision(y)
 
-    for blank, expected in ((0.0, 1.0), (0.9, 0.1)):
+    for p, expected in ((0.0, 1.0), (0.9, 0.1)):
         x0, _ = images()
-        config, corruption = Config(**TINY | dict(batch=2000, steps=1), blank=blank), Spy(0.5)
+        config, corruption = Config(**TINY | dict(batch=2000, steps=1), p_unconditional=p), Spy(0.5)
         state = new_state(x0, new_denoiser(Gaussian([1, 8, 8]), corruption, config, "cpu"), config)
         seen.clear()
-        diffem.m_step(state, corruption, config, generator)
+        diffem.m_step(state, config, generator)
         assert float(seen[0]) == pytest.approx(expected, abs=0.03)
 
 
@@ -218,24 +217,9 @@ def test_crops_lie_anywhere_and_smaller_copies_keep_the_mean(generator):
 # ---- Metrics
 
 
-def test_psnr_and_ssim(generator):
+def test_psnr(generator):
     x0 = torch.rand(3, 1, 16, 16, generator=generator) * 4 - 2
     assert psnr(x0 + 0.4, x0) == pytest.approx(20.0, abs=1e-4)  # a tenth of the range
-    assert ssim(x0, x0) == pytest.approx(1.0, abs=1e-5)
-    # Wang et al.'s formula, window by window
-    x, window = x0 + 0.5 * torch.randn(x0.shape, generator=generator), np.outer(*[np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)] * 2)
-    window /= window.sum()
-    values = []
-    for a, b in zip(x[:, 0].double().numpy(), x0[:, 0].double().numpy()):
-        for i in range(6):
-            for j in range(6):
-                p, q = a[i : i + 11, j : j + 11], b[i : i + 11, j : j + 11]
-                mp, mq = (window * p).sum(), (window * q).sum()
-                vp, vq, c = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum(), (window * (p - mp) * (q - mq)).sum()
-                c1, c2 = 0.04**2, 0.12**2
-                values.append((2 * mp * mq + c1) * (2 * c + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2)))
-    assert ssim(x, x0) == pytest.approx(np.mean(values), abs=1e-4)
-    assert 0 < ssim(x[..., :8, :8], x0[..., :8, :8]) < 1
 
 
 def test_residual_and_spread_of_the_true_posterior(generator):
@@ -243,11 +227,11 @@ def test_residual_and_spread_of_the_true_posterior(generator):
     corruption, prior = Mask(0.5, 0.1), Gaussian([1, 8, 8], power=2.0)
     x0 = prior.sample(2000, generator)
     y = corruption(x0, generator)
-    settings = Settings(samples=8)
-    state = new_state(x0, new_denoiser(prior, corruption, settings, "cpu"), settings)
-    state.prior = prior
-    metrics, samples = evaluate(state, y, x0, corruption, settings)
+    x = torch.stack([prior.draw(y, corruption, generator) for _ in range(8)])
+    metrics = accuracy(x, y, x0, corruption)
     # y - A x = s eps - A (x - x0): posterior and truth are alike, so its variance is that of y' - y with y' drawn from x
-    error = (samples["mean"] - x0).square().mean()
+    error = (x.mean(0) - x0).square().mean()
     assert metrics["spread"] == pytest.approx(float((error / (1 + 1 / 8)).sqrt()), rel=0.03)
     assert 0.8 < metrics["residual"] < 1.05
+    assert metrics["psnr_mean"] == pytest.approx(psnr(x.mean(0), x0)) and metrics["psnr"] < metrics["psnr_mean"]
+    assert accuracy(x, y, None, corruption).keys() == {"residual", "spread"}

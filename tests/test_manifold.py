@@ -1,7 +1,6 @@
 """The vector experiment: an own corruption, network and start, given to the same `em`."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from manifold import Projection, VectorDenoiser, VectorGaussian, distance_to_curve, manifold, sliced_wasserstein
+from manifold import Projection, VectorDenoiser, VectorGaussian, manifold
 
 from diffem import Config
 
@@ -50,16 +49,6 @@ def test_the_starts_draws_match_the_closed_form(generator):
     mean, C = gaussian.mean.double() + K @ (y[0, :, -1].double() - A @ gaussian.mean.double()), Sigma - K @ A @ Sigma
     assert ((x.mean(0) - mean).abs() < 5 * (C.diag() / len(x)).sqrt() + 2e-3).all()
     assert ((torch.cov(x.T) - C).abs() < 0.05 * (C.diag()[:, None] * C.diag()).sqrt() + 2e-3).all()
-
-
-def test_distances_of_point_clouds(generator):
-    x = torch.randn(4000, 5, generator=generator)
-    assert sliced_wasserstein(x, x[torch.randperm(4000)], generator) == pytest.approx(0.0, abs=1e-6)
-    shift = torch.tensor([1.0, 0, 0, 0, 0])
-    assert sliced_wasserstein(x, x + shift, generator, 4000) == pytest.approx(5**-0.5, rel=0.05)  # E u_1^2 = 1/5
-    angle = torch.linspace(0, 2 * math.pi, 10_000)
-    circle = torch.stack([angle.cos(), angle.sin()], 1)
-    assert distance_to_curve(torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 1.0]]), circle) == pytest.approx(2 / 3, abs=1e-3)
 
 
 def test_manifold_is_a_smooth_closed_curve_in_its_box():

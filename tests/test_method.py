@@ -9,8 +9,8 @@ from torch import nn
 
 import diffem
 from diffem import (
-    Block, Blur, Config, Corruption, Downsample, Gaussian, Jpeg, Mask, Noise, inverse, m_step, new_denoiser, new_state,
-    noise_level, sample, start, transform,
+    Block, Blur, Config, Corruption, Denoiser, Downsample, Gaussian, Jpeg, Mask, Noise, fit_start, inverse, m_step, new_denoiser,
+    new_state, random_noise_level, transform,
 )  # fmt: skip
 
 
@@ -21,6 +21,8 @@ class ExactDenoiser(nn.Module):
         super().__init__()
         self.mean, self.precision, self.corruption = mean, torch.linalg.inv(covariance), corruption
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    sample = Denoiser.sample
 
     def shape(self, y):
         return [len(y), y.shape[2] - 1]
@@ -54,7 +56,7 @@ def test_sampler_with_exact_denoiser_gives_the_exact_posterior(method, steps, ge
     corruption = Projection(rows=1, noise=0.3)
     y = corruption(draw(mean, covariance, 1, generator), generator)
     denoiser = ExactDenoiser(mean, covariance, corruption)
-    x = sample(denoiser, y.expand(20_000, -1, -1), steps, method, generator).double()
+    x = denoiser.sample(y.expand(20_000, -1, -1), steps, method, generator).double()
     P, h = denoiser.posterior(y)
     C = torch.linalg.inv(P)[0]
     expected = C @ h[0]
@@ -67,7 +69,7 @@ def test_sampler_with_exact_denoiser_gives_the_exact_posterior(method, steps, ge
 def test_zero_observation_samples_the_prior(generator):
     mean, covariance = gaussian(3, generator)
     denoiser = ExactDenoiser(mean, covariance, Projection(rows=1, noise=0.3))
-    x = sample(denoiser, torch.zeros(20_000, 1, 4), 300, "ddpm", generator).double()
+    x = denoiser.sample(torch.zeros(20_000, 1, 4), 300, "ddpm", generator).double()
     assert (x.mean(0) - mean).abs().max() < 0.05
     assert (torch.cov(x.T) - covariance).abs().max() < 0.06 * covariance.max()
 
@@ -88,7 +90,7 @@ def test_exact_em_raises_the_likelihood_at_every_lap(generator):
     m, C = torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
     likelihoods = [log_likelihood(m, C, y, 0.1)]
     for _ in range(5):
-        x = sample(ExactDenoiser(m, C, corruption), y, 64, "ddpm", generator).double()
+        x = ExactDenoiser(m, C, corruption).sample(y, 64, "ddpm", generator).double()
         m, C = x.mean(0), torch.cov(x.T)
         likelihoods.append(log_likelihood(m, C, y, 0.1))
     gains = torch.tensor(likelihoods).diff()
@@ -144,7 +146,7 @@ def test_the_gaussian_posterior_is_the_dense_one(corruption, channels, rank, gen
     y = corruption(gaussian.sample(1, generator), generator)
     w, h = corruption.precision(y), corruption.product(y)
     steps = 1 if corruption.block == 0 and not rank else 100
-    t, c = gaussian.posterior(y, w, h, gaussian.mean, corruption.block, steps)
+    t, c = gaussian.posterior(y, (w, h), gaussian.mean, corruption.block, steps)
     mean, C = dense_posterior(gaussian, corruption, y)
     torch.testing.assert_close(inverse(t, corruption.block).flatten().double(), mean, atol=2e-3, rtol=1e-3)
     if corruption.block == 0 and not rank:  # T is the basis of S
@@ -182,7 +184,7 @@ def test_the_scale_of_the_networks_output_is_that_of_the_error(generator):
     x0 = gaussian.sample(500, generator)
     for corruption, tolerance in ((Blur(0.8, 0.1), 1.05), (Noise(0.3), 1.05), (Mask(0.75, 0.01), 2), (Block(0.5, 0.01), 2), (Downsample(2, 0.1), 2)):
         y = corruption(x0, generator)
-        t, c = gaussian.posterior(y, corruption.precision(y), corruption.product(y), gaussian.mean, corruption.block, 100)
+        t, c = gaussian.posterior(y, (corruption.precision(y), corruption.product(y)), gaussian.mean, corruption.block, 100)
         ratio = float(((t - corruption.T(x0)).square() / c).mean())
         assert 1 / tolerance < ratio < tolerance, (type(corruption), ratio)
 
@@ -231,7 +233,7 @@ def test_the_starts_em_finds_the_gaussian_of_the_data(generator):
     truth = smooth_gaussian(1, generator)
     truth.power += 1
     y = Mask(0.5, 0.05)(truth.sample(512, generator), generator)
-    fitted = start(y, Mask(0.5, 0.05), Config(smoothness=3.0, prior_laps=12), generator)
+    fitted = fit_start(y, Mask(0.5, 0.05), Config(smoothness=3.0, start_laps=12), generator)
     torch.testing.assert_close(fitted.spectrum(8, 8).log(), truth.spectrum(8, 8).log(), atol=0.35, rtol=0)
 
 
@@ -247,7 +249,7 @@ def test_the_start_does_not_stay_at_the_observations(name, generator):
     x0 = (0.7 * x0).clamp(-2, 2)
     corruption = Jpeg(10) if name == "jpeg" else Rounded()
     y = corruption(x0, generator)
-    gaussian = start(y, corruption, Config(smoothness=3.0), generator)
+    gaussian = fit_start(y, corruption, Config(smoothness=3.0), generator)
     x = torch.stack([gaussian.draw(y, corruption, generator) for _ in range(8)])
     error = (y[:, :-1] - x0).square().mean()
     assert (x.mean(0) - x0).square().mean() < error
@@ -257,10 +259,14 @@ def test_the_start_does_not_stay_at_the_observations(name, generator):
 # ---- Denoiser and loss
 
 
-def test_noise_levels():
+def test_noise_levels(generator):
+    """log sigma is linear in t ~ Beta(3, 3), of mean 1 / 2, variance 1 / 28 and fourth moment 1 / 6."""
     config = Config(sigma_min=1e-3, sigma_max=1e2)
-    levels = noise_level(torch.tensor([0.0, 0.4, 1.0]), config)
-    torch.testing.assert_close(levels, torch.tensor([1e-3, 1e-1, 1e2]))
+    sigma = random_noise_level(200_000, config, generator)
+    t = (sigma.log() - math.log(1e-3)) / math.log(1e5)
+    assert 0 <= t.min() and t.max() <= 1
+    moments = [t.mean(), t.var(), (t**4).mean()]  # of Beta(3, 3): E t^4 = 3 4 5 6 / (6 7 8 9)
+    torch.testing.assert_close(torch.stack(moments), torch.tensor([1 / 2, 1 / 28, 5 / 42]), atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("corruption", [Mask(0.5, 0.1), Blur(1.0, 0.1), Jpeg(20)], ids=lambda c: type(c).__name__)
@@ -307,8 +313,8 @@ def test_the_m_step_creates_nothing_on_another_device(name, generator):
     state = new_state(x0, new_denoiser(gaussian, corruption, config, "cpu"), config)
     state.lap = 1
     with torch.device("meta"):
-        m_step(state, corruption, config, generator)
-        x = sample(state.model, corruption(x0, generator), 2, "sde2m", generator)
+        m_step(state, config, generator)
+        x = state.model.sample(corruption(x0, generator), 2, "sde2m", generator)
         drawn = gaussian.draw(corruption(x0, generator), corruption, generator)
     assert x.isfinite().all() and drawn.isfinite().all() and state.losses.isfinite().all()
 
@@ -319,11 +325,11 @@ def test_trained_denoiser_comes_close_to_the_exact_one(generator):
     mean, covariance = 0.5 * mean, covariance / covariance.diag().mean()
     corruption = Projection(rows=1, noise=0.3)
     x0 = draw(mean, covariance, 20_000, generator)
-    config = Config(channels=(96, 96), batch=512, steps=700, lr=3e-3, ema=0.98, blank=0.0)
+    config = Config(channels=(96, 96), batch=512, steps=700, lr=3e-3, ema=0.98, p_unconditional=0.0)
     torch.manual_seed(0)
     state, untrained = new_state(x0, VectorDenoiser(3, corruption, config), config), VectorDenoiser(3, corruption, config)
     for step in range(config.steps):
-        m_step(state, corruption, config, diffem.generator_for("cpu", 0, 1, step))
+        m_step(state, config, diffem.generator_for("cpu", 0, 1, step))
     exact = ExactDenoiser(mean, covariance, corruption)
     x0 = draw(mean, covariance, 4000, generator)
     y = corruption(x0, generator)
@@ -350,7 +356,7 @@ def trained(shape, corruption, config, generator):
     gaussian = Gaussian(shape, power=1.0).fit(x0, generator)
     state = new_state(x0, new_denoiser(gaussian, corruption, config, "cpu"), config)
     for step in range(config.steps):
-        m_step(state, corruption, config, diffem.generator_for("cpu", 0, 1, step))
+        m_step(state, config, diffem.generator_for("cpu", 0, 1, step))
     return state, x0, y
 
 
@@ -392,14 +398,18 @@ def test_the_order_the_sign_and_the_mixture_of_rows_do_not_matter(generator):
     torch.manual_seed(0)
     state = new_state(x0, VectorDenoiser(5, corruption, config), config)
     for step in range(5):
-        m_step(state, corruption, config, diffem.generator_for("cpu", 0, 1, step))
+        m_step(state, config, diffem.generator_for("cpu", 0, 1, step))
     sigma = torch.logspace(-3, 1, len(x0))
     turn = torch.linalg.qr(torch.randn(2, 2, generator=generator)).Q
     with torch.no_grad():
         torch.testing.assert_close(state.model(x0, sigma, turn @ y), state.model(x0, sigma, y), atol=1e-4, rtol=1e-4)
 
 
-def test_the_learning_rate_is_constant_and_then_falls():
-    config = Config(laps=4, steps=100, lr=1e-3)
-    assert [config.learning_rate(lap, 0) for lap in (1, 2, 3, 4)] == pytest.approx([1e-3, 1e-3, 1e-3, 5e-4])
-    assert config.learning_rate(4, 50) == pytest.approx(2.5e-4) and config.learning_rate(4, 99) > 0
+def test_the_learning_rate_is_constant_and_then_falls(generator):
+    x0, config = torch.randn(8, 1, 8, 8, generator=generator), Config(channels=(8, 8), batch=2, laps=4, steps=4, lr=1e-3)
+    state, rates = new_state(x0, new_denoiser(Gaussian([1, 8, 8]), Mask(0.5), config, "cpu"), config), []
+    for state.lap in (1, 2, 3, 4):
+        for state.step in range(4):
+            m_step(state, config, generator)
+            rates.append(state.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-3] * 8 + [1e-3, 8.75e-4, 7.5e-4, 6.25e-4, 5e-4, 3.75e-4, 2.5e-4, 1.25e-4])

@@ -17,8 +17,8 @@ from diffem import Blur, Downsample, Mask, Settings
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-FLAGS = ("--channels 8 8 --blocks 1 --laps 1 --steps 3 --batch 8 --sample-steps 3 --prior-laps 2 --prior-rank 4 --held-out 12 "
-         "--samples 2 --name own").split()  # fmt: skip
+FLAGS = ("--channels 8 8 --blocks 1 --laps 1 --steps 3 --batch 8 --sample-steps 3 --start-laps 2 --start-rank 4 --held-out 12 "
+         "--num-samples 2 --name own").split()  # fmt: skip
 
 
 def settings(folder, **others):
@@ -26,7 +26,7 @@ def settings(folder, **others):
 
 
 def read(settings):
-    files = diffem.chosen(diffem.image_files(settings), settings, diffem.generator_for("cpu", 0, 0, 4))
+    files = diffem.random_files(settings, diffem.generator_for("cpu", 0, 0, 4))
     return diffem.read_images(files, settings)
 
 
@@ -74,8 +74,9 @@ def test_grey_of_16_bits(tmp_path):
 def test_the_m_step_draws_the_masks_that_were_observed(tmp_path, generator):
     write_transparent(tmp_path / "in")
     corruption = Mask(0.5)
-    y, held_out, truth = diffem.observe(settings(tmp_path / "in"), corruption)
-    assert truth is None and len(y) == 39 and len(held_out) == 1
+    data = diffem.observe(settings(tmp_path / "in"), corruption)
+    y = data.y
+    assert data.truth is None and len(y) == 39 and len(data.held_out) == 1
     drawn = corruption(torch.randn(500, 3, 8, 8, generator=generator), generator)[:, -1]
     rows = {tuple(mask.flatten().tolist()) for mask in y[:, -1]}
     assert {tuple(mask.flatten().tolist()) for mask in drawn} == rows  # all of them, and no others
@@ -85,7 +86,7 @@ def test_a_smaller_image_is_an_observation_of_a_larger_one(tmp_path):
     values, _ = pixels(3)
     for i, value in enumerate(values):
         Image.fromarray(value).save(tmp_path / f"{i}.png")
-    y, _, _ = diffem.observe(settings(tmp_path), Downsample(2))
+    y = diffem.observe(settings(tmp_path), Downsample(2)).y
     assert y.shape == (2, 4, 16, 16) and torch.equal(y[..., ::2, ::2], y[..., 1::2, 1::2])
     corruption = Blur()
     diffem.observe(settings(tmp_path), corruption)
@@ -105,7 +106,7 @@ def test_jpeg_observations_bring_their_tables(tmp_path, monkeypatch, capsys):
     Image.fromarray(value).save(tmp_path / "in" / "0.jpg", quality=50)
     capsys.readouterr()
     assert diffem.main(flags) == 2
-    assert re.search(r"JPEG of different tables: in/0.jpg, in/1.jpg", capsys.readouterr().err)
+    assert re.search(r"JPEG of different tables, in/0.jpg, in/1.jpg", capsys.readouterr().err)
     for path in (tmp_path / "in").iterdir():
         Image.open(path).save(path.with_suffix(".png"))
         path.unlink()
@@ -153,10 +154,10 @@ def make_opaque(folder):
         (make_opaque, "--observations in", "no pixel is missing"),
         (None, "--observations nowhere", "no folder nowhere .--observations."),
         (None, "--observations in --masks nowhere", "0 masks nowhere/"),
-        (None, "--observations in --image-size 4", "image_size is for --dataset folder"),
+        (None, "--observations in --image-size 4", "--image-size is for --dataset folder"),
         (None, "--dataset observations", "--observations FOLDER"),
         (None, "--dataset digits --observations in", "--observations FOLDER"),
-        (None, "--masks in", "masks is for"),
+        (None, "--masks in", "--masks is for"),
         (lambda folder: np.save(folder / "x.npy", np.full((8, 8, 3), 200.0)), "--observations in", "x.npy .* from 0 to 1"),
     ],
 )
