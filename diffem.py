@@ -1,8 +1,8 @@
 """DiffEM: learn to restore images, and a model of the clean ones, from corrupted images alone.
 
 After Hosseintabar et al., "DiffEM: Learning from Corrupted Data with Diffusion Models via Expectation
-Maximization", arXiv 2510.12691. Clean images x0 ~ p* are never seen, only y ~ Q(y | x0) of a known corruption Q.
-A conditional diffusion model q(x0 | y) is trained and sampled in turn:
+Maximization", arXiv 2510.12691. Clean images x0 ~ p* are never seen, only y ~ Q(y | x0), Q a known
+corruption. A conditional diffusion model q(x0 | y) is trained and sampled in turn:
 
     X(0)_i ~ p0(x0 | y_i)                     p0: a smooth Gaussian, fitted to the observations by EM
     for lap = 1 .. laps:
@@ -12,16 +12,16 @@ A conditional diffusion model q(x0 | y) is trained and sampled in turn:
 
 The real observations y_i are used in the E-step only. In the M-step y is drawn from Q anew for every batch.
 
-    python diffem.py                        # 8x8 digits, half of the pixels missing: minutes on a laptop's CPU
+    python diffem.py                        # 8x8 digits, half of the pixels missing: minutes on a laptop
     python diffem.py --dataset cifar10      # the paper's experiment (without a GPU, a small version of it)
     python diffem.py --observations FOLDER  # your own corrupted images
     torchrun --nproc-per-node=8 diffem.py --dataset cifar10
 
 Symbols   x0 clean, xt = x0 + sigma eps noisy, y observation, sigma noise level, eps ~ N(0, 1), D denoiser,
           A forward map of the corruption, s standard deviation of the observation's noise
-Words     lap: one EM iteration. start: the Gaussian p0 and its draws X(0), which are lap 0. evaluation: one pass
-          of an image through the network. unconditional: given y = 0, "nothing observed"; the network then
-          samples the model of clean images
+Words     lap: one EM iteration. start: the Gaussian p0 and its draws X(0), which are lap 0. evaluation: one
+          pass of an image through the network. unconditional: given y = 0, "nothing observed"; the network
+          then samples the model of clean images
 Shapes    images x (B, C, H, W), values from -2 (black) to 2 (white), so that their variance is near 1
           observations y (B, C + 1, H, W): the measurement, and a last channel that is 1 where a pixel was
           observed, else 0; where it is 0, so is the measurement
@@ -65,7 +65,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def generator_for(device, *key: int) -> torch.Generator:
-    """A generator seeded by integers such as (seed, lap, step), so that a run resumes without a stored state."""
+    """A generator seeded by integers such as (seed, lap, step): a run resumes without a stored state."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)
     return torch.Generator(device).manual_seed(int(seed))
 
@@ -112,33 +112,25 @@ class Config:
     sigma_min: float = setting(1e-3, "lowest noise level", 1e-6)
     sigma_max: float = setting(1e2, "highest noise level", 1e-6)
     laps: int = setting(6, "EM iterations", 1)
-    steps: int = setting(400, "optimiser steps in each lap", 1, 1e7)
-    batch: int = setting(64, "images in each optimiser step", 1, 1e5)
-    lr: float = setting(
-        1e-3, "learning rate of Adam; falls to 0 over the second half of the laps", 1e-12, 1e30
-    )
+    steps: int = setting(400, "optimiser steps in each lap", 1)
+    batch: int = setting(64, "images in each optimiser step", 1)
+    lr: float = setting(1e-3, "learning rate of Adam; falls to 0 in the second half of the laps", 1e-12)
     clip: float = setting(1.0, "largest norm of the gradient", 1e-12)
     precision: str = setting("auto", "number format of the U-Net", choices=("auto", "float32", "bfloat16"))
     compile: str = setting("auto", "torch.compile the U-Net; auto: on a GPU", choices=("auto", "on", "off"))
-    ema: float = setting(
-        0.99, "decay of the moving average of the weights, which the E-step uses", 0, 0.999999
-    )
-    p_unconditional: float = setting(
-        0.1, "probability that a training observation is replaced by y = 0", 0, 1
-    )
+    ema: float = setting(0.99, "decay of the weights' moving average, used in the E-step", 0, 0.999999)
+    p_unconditional: float = setting(0.1, "probability that training replaces y by 0", 0, 1)
     flip: bool = setting(False, "mirror training images at random")
     jitter: bool = setting(False, "change hue and saturation of training images slightly")
-    crop: int = setting(0, "train on random squares of so many pixels a side; 0: whole images", 0, 1e5)
+    crop: int = setting(0, "train on random squares of so many pixels a side; 0: whole images")
     rescale: bool = setting(False, "train on smaller copies too, down to half the size")
     method: str = setting("sde2m", "sampler", choices=METHODS)
-    first_method: str = setting(
-        "ddpm", "sampler of the E-steps in the first half of the laps", choices=METHODS
-    )
+    first_method: str = setting("ddpm", "sampler of E-steps in the first half of the laps", choices=METHODS)
     sample_steps: int = setting(8, "evaluations to restore an image", 1, 1e5)
     first_sample_steps: int = setting(
         16, "the same in lap 1, changing to --sample-steps; 0: constant", 0, 1e5
     )
-    sample_batch: int = setting(512, "images sampled at once; halved where they do not fit into memory", 1)
+    sample_batch: int = setting(512, "images sampled at once; halved where memory is short", 1)
     unconditional_steps: int = setting(32, "evaluations to sample a new image", 1, 1e5)
     smoothness: float = setting(
         0.0, "power of the start's spectrum, photographs 3; 0: white, low rank", 0, 10
@@ -146,7 +138,7 @@ class Config:
     start_rank: int = setting(32, "rank of the start's covariance if smoothness is 0", 1)
     start_laps: int = setting(8, "EM iterations that fit the start", 1)
     preconditioning: str = setting(
-        "gaussian", "base of the denoiser; edm: paper's", choices=("gaussian", "edm")
+        "gaussian", "base of the denoiser; edm: paper", choices=("gaussian", "edm")
     )
     seed: int = setting(0, "seed of all random numbers", 0, 2**63)
 
@@ -172,9 +164,9 @@ class Config:
         require(self.sigma_min < self.sigma_max, "--sigma-min must be below --sigma-max")
 
     def e_step_sampler(self, lap: int) -> tuple[int, str]:
-        """Evaluations of each image, and method, in the E-step of a lap >= 1. A few steps of ddpm draw too narrowly.
-        In the first half of the laps this speeds EM up, as over-relaxation does. The second half must draw with the
-        right spread, or the model becomes too certain of its own draws."""
+        """Evaluations of each image, and method, in the E-step of a lap >= 1. A few steps of ddpm draw too
+        narrowly. In the first half of the laps this speeds EM up, as over-relaxation does. The second half
+        must draw with the right spread, or the model becomes too certain of its own draws."""
         if lap > self.laps / 2:
             return self.sample_steps, self.method
         first = self.first_sample_steps or self.sample_steps
@@ -197,7 +189,7 @@ def fractions(size: int, device: torch.device) -> Tensor:
 
 
 def dct(block: int, size: int, device: torch.device) -> Tensor:
-    """D (size, size), orthonormal: DCT-II matrices of `block` (0: size) along the diagonal, the last cut off."""
+    """D (size, size), orthonormal: DCT-II matrices of `block` (0: size) on the diagonal, the last cut off."""
     i = torch.arange(size, device=device)
     k = i % block if block > 0 else i  # both the place within the block and the frequency
     n = i[-1:] + 1 - i + k
@@ -231,10 +223,10 @@ def inverse(t: Tensor, block: int) -> Tensor:
 class Corruption(nn.Module):
     """The known law y ~ Q(. | x0): one object corrupts in the data set, the M-step and every metric.
 
-    A subclass defines `A` if it is not the identity, `mask` if it hides pixels, `eps` if the noise is not white. The
-    arguments of its __init__ must have defaults; they become flags, and attributes if they are passed on to this
-    one. What y says about x, w and h, is measured on draws of the start in the basis that `block` names, and need
-    not be exact. A subclass of `Linear` gives it by a formula instead.
+    A subclass defines `A` if it is not the identity, `mask` if it hides pixels, `eps` if the noise is not
+    white. The arguments of its __init__ have defaults; they become flags, and attributes if passed on to this
+    one. What y says about x, w and h, is measured on draws of the start in the basis that `block` names, and
+    need not be exact. A subclass of `Linear` gives it by a formula instead.
     """
 
     __constants__ = ["noise", "block", "patch"]
@@ -294,7 +286,8 @@ class Corruption(nn.Module):
         return tiled(self.slope, y) * self.T(y[:, :-1])
 
     def learn(self, x: Tensor, generator: torch.Generator) -> None:
-        """Measures w and h for each channel and coefficient of a block, on x (N, C, H, W) like the clean images."""
+        """Measures w and h for each channel and coefficient of a block, on x (N, C, H, W) like clean
+        images."""
         (N, C, H, W), n = x.shape, max(1, self.block)
         require(min(H, W) >= n, f"images of {H}x{W} pixels are smaller than a block of {n}x{n}")
         x = x[..., : H // n * n, : W // n * n].clamp(-2, 2)
@@ -314,15 +307,16 @@ def tiled(table: Tensor, y: Tensor) -> Tensor:
 
 
 class Linear(Corruption):
-    """A = T^T k T with a known k, `transfer`. Then w = k^2 / s^2 and h = k T y / s^2, both 0 where a pixel is missing;
-    if T is of the whole image, where any pixel of it is."""
+    """A = T^T k T with a known k, `transfer`. Then w = k^2 / s^2 and h = k T y / s^2. Both are 0 where a
+    pixel is missing, or, if T is of the whole image, where any pixel is."""
 
     def transfer(self, y: Tensor) -> Tensor:
         """k, in a shape that expands to (H, W)."""
         return torch.ones(1, 1, device=y.device)
 
     def inverse_variance(self, y: Tensor) -> Tensor:
-        """1 / s^2 for each coefficient of T y, or 0. A patch has its noise in common: times its side in T y."""
+        """1 / s^2 for each coefficient of T y, or 0. A patch shares its noise: in T y it counts side
+        times."""
         m = y[:, -1:].amin((2, 3), keepdim=True) if self.block == 0 else y[:, -1:]
         return m / max((self.patch * self.noise) ** 2, 1e-6)  # with more, float32 could not add 1 / S
 
@@ -377,11 +371,9 @@ class Noise(Linear):
 
 
 class Blur(Linear):
-    """Gaussian blur of standard deviation `width` pixels, mirrored at the border (d c b a | a b c d): y = K x + s eps.
-
-    float32 is enough for s >= 1e-3, the paper's: w is 1e6 at most, and where K all but removes a frequency, w is
-    small beside what the Gaussian knows, whatever its error. A smaller s counts as 1e-3 in w.
-    """
+    """Gaussian blur of `width` pixels (standard deviation), mirrored at the border (b a | a b): y = K x + s
+    eps. float32 is enough for s >= 1e-3, the paper's: w is at most 1e6, and where K all but removes a
+    frequency, w and its error are small beside what the Gaussian knows. A smaller s counts as 1e-3 in w."""
 
     block = 0
 
@@ -425,8 +417,9 @@ class Downsample(Linear):
 
 
 class Jpeg(Corruption):
-    """JPEG as libjpeg writes and reads it, bit for bit: of `quality` 1 to 100, or by the quantisation `tables` of a
-    file, 64 numbers (grey) or 128. subsampling of colours: 0 none (4:4:4), 1 horizontal (4:2:2), 2 both (4:2:0)."""
+    """JPEG as libjpeg writes and reads it, bit for bit: of `quality` 1 to 100, or by the quantisation
+    `tables` of a file, 64 numbers (grey) or 128. subsampling of colours: 0 is 4:4:4, 1 is 4:2:2, 2 is
+    4:2:0."""
 
     block = patch = 8
     # The left half of libjpeg's DCT matrix, times 8192 sqrt(8), and its colour matrices, times 65536
@@ -494,7 +487,7 @@ CORRUPTIONS = dict(mask=Mask, block=Block, blur=Blur, downsample=Downsample, noi
 
 
 def mask_patches(y: Tensor, fraction: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """Observations y (B, C + 1, H, W) without a random fraction (B,) of their squares of side x side pixels."""
+    """Observations y (B, C + 1, H, W) without a random fraction (B,) of their squares of so many pixels."""
     B, _, H, W = y.shape
     squares = torch.rand(B, 1, -(-H // side), -(-W // side), generator=generator, device=y.device)
     kept = (squares >= fraction.view(-1, 1, 1, 1)).to(y.dtype)
@@ -505,9 +498,9 @@ def mask_patches(y: Tensor, fraction: Tensor, side: int, generator: torch.Genera
 
 
 class Gaussian(nn.Module):
-    """x ~ N(mean, Sigma), Sigma = S + U U^T. S is diagonal in the DCT of the image and in opponent colours, where it
-    falls as a power of the frequency, S_ij = scale / (1 + i^2 + j^2)^(power / 2). U is of low rank, for images that
-    are not alike everywhere, such as digits. With power 0 this is the published start."""
+    """x ~ N(mean, Sigma), Sigma = S + U U^T. S is diagonal in the DCT of the image and in opponent colours,
+    where it falls with the frequency, S_ij = scale / (1 + i^2 + j^2)^(power / 2). U is of low rank, for
+    images that are not alike everywhere, such as digits. With power 0 this is the published start."""
 
     def __init__(self, shape: list, rank: int = 0, power: float = 0.0):
         """shape: of one x, (C, H, W). Its variance is 1 until it is fitted."""
@@ -564,8 +557,8 @@ class Gaussian(nn.Module):
         return self.mean + inverse(z.view_as(eps) + S.sqrt() * eps, 0)
 
     def draw(self, y: Tensor, corruption: Corruption, generator: torch.Generator) -> Tensor:
-        """x ~ p(x | y) for each of y (N, C + 1, H, W), exact where w is: the posterior mean, with a sample in place of
-        the mean and h + w^(1/2) eps in place of h (Papandreou & Yuille 2010)."""
+        """x ~ p(x | y) for each of y (N, C + 1, H, W), exact where w is: the posterior mean, with a sample in
+        place of the mean and h + w^(1/2) eps in place of h (Papandreou & Yuille 2010)."""
         parts = []
         for part in y.split(512):
             part = part.to(generator.device)
@@ -585,13 +578,14 @@ class Gaussian(nn.Module):
     def posterior(
         self, y: Tensor, wh: tuple[Tensor, Tensor], mean: Tensor, block: int, steps: int
     ) -> tuple[Tensor, Tensor]:
-        """Mean and variances of t = T x, T of blocks `block`, under log p(x) + sum (h t - w t^2 / 2), with another mean.
+        """Mean and variances of t = T x under log p(x) + sum (h t - w t^2 / 2), p with another mean.
 
-        wh: w and h, (B, C, H, W); y, which they contain, gives a first guess of missing pixels. The mean solves
+        T has blocks of `block`. wh: w and h, (B, C, H, W); y, their source, gives a first guess. The mean
+        solves
             (Sigma^-1 + w) t = Sigma^-1 mean + h
         by conjugate gradients: one step is exact where T is the basis of S, 4 are close. The variances are
-        1 / (a + w). a lies between the precision under N(0, S) of a coefficient given no other and given all others, by
-        the fraction of its neighbours that is observed: exact where T is the basis of S or w is the same everywhere.
+        1 / (a + w). a lies between the precision under N(0, S) of a coefficient given no other and given all
+        others, by the fraction of neighbours observed: exact where T is the basis of S or w is constant.
         """
         (w, h), (H, W) = wh, y.shape[-2:]
         S, mean = self.spectrum(H, W), mean.expand(h.shape)
@@ -624,12 +618,12 @@ class Gaussian(nn.Module):
 
 
 def interpolate(y: Tensor, mean: Tensor) -> Tensor:
-    """y (B, C + 1, H, W) with its gaps filled by weighted means of the observed values, by `mean` far from all. The
-    weights are (d^2 + 0.3)^(-5/2) at a distance of d <= 10. Last channel: the fraction of neighbours observed."""
+    """y (B, C + 1, H, W), its gaps filled by means of observed values with weights (d^2 + 0.3)^(-5/2) at a
+    distance of d <= 10, by `mean` far from all. Last channel: the fraction of neighbours observed."""
     H, W = y.shape[-2:]
     d = torch.arange(-10, 11, device=y.device)
     kernel = (d[:, None] ** 2 + d**2 + 0.3) ** -2.5 * (d[:, None] ** 2 + d**2 > 0)
-    # A convolution of the mirrored image, by the DCT:  k_ij = sum_rs kernel_rs cos(pi i r / H) cos(pi j s / W)
+    # A convolution of the mirrored image:  k_ij = sum_rs kernel_rs cos(pi i r / H) cos(pi j s / W)
     i, j = [torch.cos(math.pi * fractions(n, y.device)[:, None] * d) for n in (H, W)]
     rows, columns, observed = dct(0, H, y.device), dct(0, W, y.device), y[:, -1:]
     z = torch.cat([observed * (y[:, :-1] - mean), observed], 1)
@@ -639,8 +633,8 @@ def interpolate(y: Tensor, mean: Tensor) -> Tensor:
 
 
 def fit_start(y: Tensor, corruption: Corruption, config: Config, generator: torch.Generator) -> Gaussian:
-    """The Gaussian p0, fitted by EM to some of the observations y (N, C + 1, H, W): draw each x given its y, fit the
-    Gaussian to the draws, repeat. What no observation shows keeps the law of the spectrum."""
+    """The Gaussian p0, fitted by EM to some of the observations y (N, C + 1, H, W): draw each x given its y,
+    fit to the draws, repeat. What no observation shows keeps the law of the spectrum."""
     shape, rank = [y.shape[1] - 1, *y.shape[2:]], 0 if config.smoothness else config.start_rank
     gaussian = Gaussian(shape, rank, config.smoothness).to(generator.device)
     y = y[: 4096 if rank else 512].to(generator.device)
@@ -689,7 +683,7 @@ class Attention(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + gate conv(silu(conv(scale norm(x) + shift))): scale, shift, gate from the noise level's embedding."""
+    """x + gate conv(silu(conv(scale norm(x) + shift))), with scale, shift, gate from the noise level."""
 
     def __init__(self, channels: int, emb: int, heads: int, dropout: float):
         super().__init__()
@@ -766,7 +760,7 @@ class UNet(nn.Module):
 
 
 def random_noise_level(number: int, config: Config, generator: torch.Generator) -> Tensor:
-    """(number,): sigma(t) = exp((1 - t) log sigma_min + t log sigma_max), t ~ Beta(3, 3), a median of five."""
+    """(number,) of sigma(t) = exp((1 - t) log sigma_min + t log sigma_max), t ~ Beta(3, 3): a median of 5."""
     t = torch.rand(number, 5, generator=generator, device=generator.device).median(1).values
     return torch.exp((1 - t) * math.log(config.sigma_min) + t * math.log(config.sigma_max))
 
@@ -776,8 +770,8 @@ Step = tuple[float, float, float, float, float]
 
 def sampler(method: str, steps: int, sigma_min: float, sigma_max: float) -> list[Step]:
     """Noise level sigma_t and coefficients a, b, c, d of each step,  xs = a xt + b D + c D_previous + d eps.
-    D is the denoiser's estimate, D_previous that of the previous step. The levels fall log-uniformly from sigma_max
-    to sigma_min, then to 0. From sigma_t to sigma_s, with r = sigma_s / sigma_t:
+    D is the denoiser's estimate, D_previous that of the previous step. The levels fall log-uniformly from
+    sigma_max to sigma_min, then to 0. From sigma_t to sigma_s, with r = sigma_s / sigma_t:
 
         ddpm   xs = r^2 xt + (1 - r^2) D + sigma_s sqrt(1 - r^2) eps          (ancestral, as published)
         ddim   xs = r xt + (1 - r) D                                          (Song et al. 2021)
@@ -802,12 +796,13 @@ def sampler(method: str, steps: int, sigma_min: float, sigma_max: float) -> list
 class Denoiser(nn.Module):
     """D(xt, sigma, y), an estimate of E[x0 | xt, y].
 
-    D = G + O^T v^(1/2) O F(c_in xt, G, y, log sigma),  c_in = 1 / sqrt(sigma^2 + 1). G is the mean of x0 given xt and y
-    under a smooth Gaussian, v its variance for each pixel and opponent colour: y says w and h of T x0, xt adds
-    1 / sigma^2 to w. The network F is 0 at first, so D starts as the best guess under that Gaussian, agrees with y,
-    and learns only what is not Gaussian. (With the root of the variance in T in place of O, a convolution F would have
-    to know the place of each block, and learns nothing.) Preconditioning "edm": the Gaussian is N(0, I) and
-    w = h = 0, hence  G = xt / (sigma^2 + 1),  v = sigma^2 / (sigma^2 + 1),  as published (Karras et al. 2022).
+    D = G + O^T v^(1/2) O F(c_in xt, G, y, log sigma),  c_in = 1 / sqrt(sigma^2 + 1). G is the mean of x0
+    given xt and y under a smooth Gaussian, v its variance for each pixel and opponent colour: y says w and h
+    of T x0, xt adds 1 / sigma^2 to w. The network F is 0 at first, so D starts as the best guess under that
+    Gaussian, agrees with y, and learns only what is not Gaussian. (With v in T in place of O, F, a
+    convolution, would have to know the place of each block, and learns nothing.) Preconditioning "edm": the
+    Gaussian is N(0, I) and w = h = 0, hence G = xt / (sigma^2 + 1),  v = sigma^2 / (sigma^2 + 1),  as
+    published (Karras et al. 2022).
     """
 
     def __init__(self, gaussian: Gaussian, corruption: Corruption, config: Config):
@@ -854,9 +849,10 @@ class Denoiser(nn.Module):
     def loss(self, x0: Tensor, y: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
         """Eq. 10 for each x0 (B, C, H, W) at noise level sigma (B,): (B,), about 1 while F is 0.
 
-        The paper's lambda(sigma) |e|^2 / d,  lambda = 1 / sigma^2 + 1,  weighs the error e = D - x0 by the precision of
-        x0 given xt under N(0, I). Here it is the Gaussian's, given xt and y,  |e|^2 / sum v,  the same for "edm".
-        (|v^(-1/2) e|^2 would spend the network on colours and pixels that are almost certain.)
+        The paper's lambda(sigma) |e|^2 / d,  lambda = 1 / sigma^2 + 1,  weighs the error e = D - x0 by the
+        precision of x0 given xt under N(0, I). Here it is the Gaussian's, given xt and y,  |e|^2 / sum v,
+        the same for "edm". (|v^(-1/2) e|^2 would spend the network on colours and pixels that are almost
+        certain.)
         """
         sigma = sigma.view(-1, 1, 1, 1)
         xt = x0 + sigma * randn_like(x0, generator)
@@ -867,7 +863,8 @@ class Denoiser(nn.Module):
 
     @torch.jit.export
     def sample(self, y: Tensor, steps: int, method: str, generator: torch.Generator) -> Tensor:
-        """x0 ~ q(x0 | y), unconditional where y = 0, by so many evaluations: (B, C + 1, H, W) -> (B, C, H, W)."""
+        """x0 ~ q(x0 | y), unconditional where y = 0, by `steps` evaluations: (B, C + 1, H, W) -> (B, C, H,
+        W)."""
         with torch.no_grad():
             shape = self.shape(y)
             xt = self.sigma_max * torch.randn(shape, generator=generator, device=y.device)
@@ -921,7 +918,8 @@ class State:
 def new_denoiser(
     gaussian: Gaussian, corruption: Corruption, config: Config, device, cls=Denoiser
 ) -> Denoiser:
-    """A denoiser of random weights on a device. Its network may compute in bfloat16; all else stays float32."""
+    """A denoiser of random weights. Its network computes in bfloat16 where that is fast; all else in
+    float32."""
     with torch_seeded_by(generator_for("cpu", config.seed, 0, 2)):
         denoiser = cls(gaussian, corruption, config)
     denoiser.to(device).network.to(memory_format=torch.channels_last)  # faster for convolutions
@@ -947,8 +945,8 @@ def new_state(x0: Tensor, denoiser: nn.Module, config: Config) -> State:
 
 
 def fit(y: Tensor, corruption: Corruption, config: Config, device=None) -> Denoiser:
-    """Learns from observations y ~ Q(. | x0) alone, (N, C + 1, H, W), the model whose `sample` restores them. device:
-    to compute on (default: that of y). Same seed and device, same result. Raises DiffEMError if a loss is not finite."""
+    """Learns from observations y ~ Q(. | x0) alone, (N, C + 1, H, W), the model whose `sample` restores them.
+    device: to compute on (default: that of y). Raises DiffEMError if a loss is not finite."""
     for state in em(y, corruption, config, device=device):
         pass
     return state.model
@@ -957,9 +955,9 @@ def fit(y: Tensor, corruption: Corruption, config: Config, device=None) -> Denoi
 def em(y: Tensor, corruption: Corruption, config: Config, state: State | None = None, device=None):
     """Runs DiffEM on observations y (N, ...), from a new state or a given one. It never sees a clean image.
 
-    Yields the state after lap 0, after each optimiser step and after each batch of the E-step: there a run can stop,
-    be saved and resume. A lap is complete where state.drawn == N. Under torchrun each process runs it on its own
-    observations; only gradients are exchanged.
+    Yields the state after lap 0, after each optimiser step and after each batch of the E-step: there a run
+    can stop, be saved and resume. A lap is complete where state.drawn == N. Under torchrun each process runs
+    it on its own observations; only gradients are exchanged.
     """
     device, (rank, size) = torch.device(device or y.device), ranks()
     require(config.batch % size == 0, f"--batch {config.batch} must be a multiple of the {size} processes")
@@ -1037,8 +1035,8 @@ def random_images(x0: Tensor, number: int, generator: torch.Generator) -> Tensor
 
 
 def augment(x0: Tensor, config: Config, generator: torch.Generator) -> Tensor:
-    """Mirrored images, slightly other hues (up to 0.01 of a turn) and saturations (up to 5 %), as published; smaller
-    copies, by a factor down to 1/2 for the whole batch; squares cut out at random places."""
+    """Mirrored images, slightly other hues (up to 0.01 of a turn) and saturations (up to 5 %), as published;
+    smaller copies, by a factor down to 1/2 for the whole batch; squares cut out at random places."""
     mirror, turn, saturation = torch.rand(3, len(x0), 1, 1, 1, generator=generator, device=x0.device)
     if config.flip:
         x0 = torch.where(mirror < 0.5, x0.flip(3), x0)
@@ -1065,8 +1063,8 @@ def augment(x0: Tensor, config: Config, generator: torch.Generator) -> Tensor:
 
 
 def hide_some(y: Tensor, corruption: Corruption, p: float, generator: torch.Generator) -> Tensor:
-    """Observations y (B, ...), each replaced by 0 with probability p. Where the corruption hides no pixels, a random
-    part of it is hidden with probability p too, as the scores do."""
+    """Observations y (B, ...), each replaced by 0 with probability p. If the corruption hides no pixels, a
+    random part of y is hidden with probability p too, as the scores do."""
     nothing = torch.rand(len(y), generator=generator, device=y.device) < p
     y = y.masked_fill(nothing.view(-1, *[1] * (y.ndim - 1)), 0)
     if corruption.hides_pixels():
@@ -1076,7 +1074,7 @@ def hide_some(y: Tensor, corruption: Corruption, p: float, generator: torch.Gene
 
 
 def e_step(state: State, y: Tensor, config: Config, generator: torch.Generator) -> None:
-    """Draws the next batch of reconstructions. If it does not fit into memory, batches are halved from then on."""
+    """Draws the next batch of reconstructions. If it does not fit into memory, batches are halved."""
     batch = y[state.drawn : state.drawn + state.sample_batch].to(generator.device)
     try:
         x0 = state.model.sample(batch, *config.e_step_sampler(state.lap), generator)
@@ -1091,6 +1089,7 @@ def e_step(state: State, y: Tensor, config: Config, generator: torch.Generator) 
 
 # ---- Settings of a run, presets of the data sets -----------------------------------------------------------
 
+KINDS = ("small", "published")
 DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "celeba", "folder", "observations")
 
 
@@ -1100,24 +1099,18 @@ class Settings(Config):
 
     dataset: str = setting("digits", "data set; folder: clean images, to be corrupted", choices=DATASETS)
     observations: str = setting(
-        "", "folder of corrupted images; pixels are missing where transparent or NaN (.npy)"
+        "", "folder of corrupted images; missing pixels are transparent or NaN (.npy)"
     )
     masks: str = setting("", "folder of images named like the observations, black where a pixel is missing")
-    preset: str = setting(
-        "small", "for a CPU, or the paper's network and schedule", choices=("small", "published")
-    )
+    preset: str = setting("small", "for a CPU, or the paper's network and schedule", choices=KINDS)
     data_dir: str = setting("data", "where data sets are stored; for folder: the images, at any depth")
-    image_size: int = setting(
-        0, "folder, celeba: crop the central square and resize it; 0: images as they are", 0, 1e5
-    )
+    image_size: int = setting(0, "folder, celeba: crop to a central square and resize; 0: images as they are")
     grey: bool = setting(False, "read images as grey")
     skip_bad_images: bool = setting(False, "leave out images that cannot be read")
     limit: int = setting(0, "train on so many images; 0: on all", 0, 1e9)
-    held_out: int = setting(
-        256, "images held out for the metrics; 0: a twentieth (folder, observations only)"
-    )
+    held_out: int = setting(256, "images held out for metrics; folder, observations: 0 for a twentieth")
     num_samples: int = setting(8, "restorations of each held-out image, for their mean and spread", 2, 1000)
-    corruption: str = setting("mask", f"{', '.join(CORRUPTIONS)}, or path/to/file.py:ClassName")
+    corruption: str = setting("mask", ", ".join(CORRUPTIONS))
     parameters: dict = field(default_factory=dict)  # of the corruption
     name: str = setting("", "folder below runs/; by default data set, corruption and a number")
     resume: str = setting("", "runs/NAME to continue; --laps and the folders of data may change")
@@ -1126,9 +1119,8 @@ class Settings(Config):
     def __post_init__(self):
         super().__post_init__()
         both = ("folder", "observations")
-        require(
-            (self.dataset == both[1]) == bool(self.observations), "give --observations FOLDER as the data set"
-        )
+        ok = (self.dataset == "observations") == bool(self.observations)
+        require(ok, "--observations FOLDER is the data set, without another one")
         require(self.held_out > 0 or self.dataset in both, "--held-out must be at least 1")
         own = dict(image_size=("folder", "celeba"), masks=both[1:], grey=both, skip_bad_images=both)
         for name, places in own.items():
@@ -1136,42 +1128,30 @@ class Settings(Config):
             require(ok, f"--{name.replace('_', '-')} is for --dataset {' or '.join(places)}")
 
 
-SMALL = dict(
-    channels=(16, 32, 64),
-    blocks=2,
-    steps=1000,
-    ema=0.995,
-    laps=8,
-    sample_batch=256,
-    start_rank=64,
-    start_laps=16,
-)
+SMALL = dict(channels=(16, 32, 64), blocks=2, steps=1000, ema=0.995, laps=8, sample_batch=256)
+SMALL |= dict(start_rank=64, start_laps=16)
 PHOTOS = SMALL | dict(steps=500, flip=True, first_sample_steps=4, smoothness=3.0, start_laps=8)
-# These corruptions are the same for all images: smaller copies show what they hide
-UNIFORM = ("blur", "downsample", "jpeg")
-PUBLISHED = dict(
-    blocks=5, dropout=0.1, laps=20, steps=50_000, batch=256, ema=0.9999, flip=True, jitter=True, method="ddpm",
-    sample_steps=256, first_sample_steps=256, unconditional_steps=256, sample_batch=1024, smoothness=3.0,
-)  # fmt: skip
+UNIFORM = ("blur", "downsample", "jpeg")  # the same for all images: smaller copies show what they hide
+PAPER = dict(blocks=5, dropout=0.1, laps=20, steps=50_000, batch=256, ema=0.9999, flip=True, jitter=True)
+PAPER |= dict(method="ddpm", sample_steps=256, first_sample_steps=0, unconditional_steps=256)
+PAPER |= dict(sample_batch=1024, smoothness=3.0)
 CIFAR = dict(channels=(128, 256, 384), attention=(1,), lr=2e-4, start_rank=64)
-CELEBA = dict(
-    channels=(128, 256, 384, 512), blocks=3, attention=(3,), lr=1e-4, start_rank=1024, image_size=64
-)
+CELEBA = dict(channels=(128, 256, 384, 512), blocks=3, attention=(3,), lr=1e-4, start_rank=1024)
 # What each data set changes of the defaults, which are those of the digits
 PRESETS = {
     ("digits", "small"): dict(parameters=dict(rate=0.5)),
     ("mnist", "small"): SMALL | dict(limit=10_000),
     ("fashion_mnist", "small"): SMALL | dict(limit=10_000, flip=True),
     ("cifar10", "small"): PHOTOS | dict(limit=10_000),
-    ("cifar10", "published"): PUBLISHED | CIFAR,
+    ("cifar10", "published"): PAPER | CIFAR,
     ("celeba", "small"): PHOTOS | dict(channels=(16, 32, 64, 128), limit=10_000, image_size=64),
-    ("celeba", "published"): PUBLISHED | CELEBA,
+    ("celeba", "published"): PAPER | CELEBA | dict(sample_batch=512, image_size=64),
     ("folder", "small"): PHOTOS,
     ("observations", "small"): PHOTOS | dict(held_out=0),
 }
 
 
-# ---- Data --------------------------------------------------------------------------------------------------
+# ---- Data -------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -1184,143 +1164,116 @@ class Data:
 
 
 def observe(settings: Settings, corruption: Corruption) -> Data:
-    """The observations of a data set. Clean images, if there are any, are corrupted here once and not used elsewhere."""
-    if settings.dataset != "observations":
-        x0, truth = load_images(settings)
+    """The observations of a data set. Clean images are corrupted here, once, and not used elsewhere."""
+    train, test = load_images(settings)
+    if not settings.observations:
         generator = generator_for("cpu", settings.seed, 0, 0)
-        data = Data(corruption(x0, generator), corruption(truth, generator), truth)
-        require(bool(data.y.isfinite().all()), f"{settings.corruption} gives values that are not finite")
-        return data
-    y = read_images(random_files(settings, generator_for("cpu", settings.seed, 0, 4)), settings)
+        return Data(corruption(train, generator), corruption(test, generator), test)
     if isinstance(corruption, Downsample):
-        y = F.interpolate(y, scale_factor=corruption.factor, mode="nearest")
-    data, missing = Data(*split(y, settings.held_out), None), bool((y[:, -1:] == 0).any())
+        train, test = (
+            F.interpolate(y, scale_factor=corruption.factor, mode="nearest") for y in (train, test)
+        )
+    missing = bool((train[:, -1:] == 0).any())
     ok = missing or not isinstance(corruption, Mask)
     require(ok, f"no pixel is missing in {settings.observations}: give alpha, NaN or --masks")
-    corruption.masks = data.y[:, -1:].bool() if missing else None
-    return data
+    corruption.masks = train[:, -1:].bool() if missing else None
+    return Data(train, test, None)
 
 
 def load_images(settings: Settings) -> tuple[Tensor, Tensor]:
-    """Clean x0 to train on and to hold out, in an order given by the seed: (N, C, H, W) in [-2, 2]."""
-    name, generator = settings.dataset, generator_for("cpu", settings.seed, 0, 4)
-    if name == "folder":
-        x0 = read_images(random_files(settings, generator), settings)[:, :-1]
-    elif name == "digits":
-        from sklearn.datasets import load_digits
+    """Images to train on and to hold out, in an order given by the seed: clean ones x0, or observations."""
+    name, n, limit = settings.dataset, settings.held_out, settings.limit
+    generator = generator_for("cpu", settings.seed, 0, 4)
+    if name in ("digits", "folder", "observations"):
+        if name == "digits":
+            from sklearn.datasets import load_digits
 
-        x0 = torch.from_numpy(load_digits().images * (255 / 16))[:, None].float() * (4 / 255) - 2
+            images = torch.from_numpy(load_digits().images * (255 / 16))[:, None].float() * (4 / 255) - 2
+        else:
+            files = image_files(settings)
+            few = torch.randperm(len(files), generator=generator)[: limit + n if limit else None]
+            images = read_images([files[i] for i in few], settings)
+        images = images[torch.randperm(len(images), generator=generator)]
+        n = n or max(len(images) // 20, min(256, len(images) // 5))
+        require(
+            len(images) > n > 0, f"{len(images)} images are too few to hold out {n} (--held-out) and train"
+        )
+        train, test = images[n:], images[:n]
     else:
-        x0, test = torchvision_images(settings)
-    if name in ("folder", "digits"):
-        x0, test = split(x0[torch.randperm(len(x0), generator=generator)], settings.held_out)
-    return x0[torch.randperm(len(x0), generator=generator)[: settings.limit or None]], test[
-        : settings.held_out
-    ]
+        train, test = torchvision_images(settings)
+    return train[torch.randperm(len(train), generator=generator)[: limit or None]], test[:n]
 
 
 def torchvision_images(settings: Settings) -> tuple[Tensor, Tensor]:
     """The training and the test set, downloaded at first use."""
     from torchvision import datasets
 
-    name, root = settings.dataset, settings.data_dir
-    source, files = {
-        "mnist": (datasets.MNIST, "MNIST/raw/*-ubyte.gz"),
-        "fashion_mnist": (datasets.FashionMNIST, "FashionMNIST/raw/*-ubyte.gz"),
-        "cifar10": (datasets.CIFAR10, "cifar-10-python.tar.gz"),
-        "celeba": (
-            datasets.CelebA,
-            "celeba/img_align_celeba.zip, with its list_*.txt and identity_CelebA.txt",
-        ),
-    }[name]
-    flags = (
-        [{"split": "train"}, {"split": "test"}] if name == "celeba" else [{"train": True}, {"train": False}]
+    name, root = settings.dataset, Path(settings.data_dir)
+    source, files = dict(
+        mnist=("MNIST", "MNIST/raw/*-ubyte.gz"),
+        fashion_mnist=("FashionMNIST", "FashionMNIST/raw/*-ubyte.gz"),
+        cifar10=("CIFAR10", "cifar-10-python.tar.gz"),
+        celeba=("CelebA", "celeba/img_align_celeba.zip and, beside it, list_*.txt and identity_CelebA.txt"),
+    )[name]
+    kinds = (
+        [dict(train=True), dict(train=False)]
+        if name != "celeba"
+        else [dict(split="train"), dict(split="test")]
     )
     try:
-        parts = [source(root, download=True, **flag) for flag in flags]
+        parts = [getattr(datasets, source)(root, download=True, **kind) for kind in kinds]
     except Exception as error:  # torchvision and gdown raise many classes
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DiffEMError(
-            f"cannot download {name} ({reason}): put {files} into {Path(root).resolve()}"
-        ) from error
+        raise DiffEMError(f"cannot download {name} ({reason}): put {files} into {root.resolve()}") from error
     if name == "celeba":
-        numbers = (settings.limit or None, settings.held_out)
-        names = (part.filename[:number] for part, number in zip(parts, numbers))
-        paths = ([Path(root, "celeba/img_align_celeba", file) for file in files] for files in names)
-        return tuple(read_images(files, settings)[:, :-1] for files in paths)
-    pixels = [torch.as_tensor(part.data) for part in parts]
-    return tuple(
-        (p[:, None] if p.ndim == 3 else p.permute(0, 3, 1, 2)).float() * (4 / 255) - 2 for p in pixels
-    )
-
-
-def split(images: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
-    """Images to train on and the first ones, to hold out (0: 5 %, but 256 if these are no more than a fifth)."""
-    n = held_out or max(len(images) // 20, min(256, len(images) // 5))
-    require(
-        len(images) > n > 0,
-        f"{len(images)} images are too few to hold out {n} (--held-out) and train on the rest",
-    )
-    return images[n:], images[:n]
-
-
-def random_files(settings: Settings, generator: torch.Generator) -> list[Path]:
-    """The image files in random order, no more than are trained on and held out."""
-    files = image_files(settings)
-    order = torch.randperm(len(files), generator=generator)
-    return [files[i] for i in order[: settings.limit + settings.held_out if settings.limit else None]]
+        names = parts[0].filename[: settings.limit or None], parts[1].filename[: settings.held_out]
+        files = [[root / "celeba/img_align_celeba" / file for file in part] for part in names]
+        return tuple(read_images(part, settings) for part in files)
+    pixels = [torch.as_tensor(part.data).float() * (4 / 255) - 2 for part in parts]
+    return tuple(p[:, None] if p.ndim == 3 else p.permute(0, 3, 1, 2) for p in pixels)
 
 
 def image_files(settings: Settings) -> list[Path]:
     from export import find_images
 
-    folder, flag = (
-        settings.observations or settings.data_dir,
-        "observations" if settings.observations else "data-dir",
-    )
-    require(Path(folder).is_dir(), f"no folder {folder} (--{flag})")
-    files = find_images(Path(folder), arrays=bool(settings.observations))
+    own, folder = bool(settings.observations), Path(settings.observations or settings.data_dir)
+    require(folder.is_dir(), f"no folder {folder} ({'--observations' if own else '--data-dir'})")
+    files = find_images(folder, arrays=own)
     require(len(files) > 0, f"no images in {folder}")
     return files
 
 
 def read_images(files: list[Path], settings: Settings) -> Tensor:
-    """(N, C + 1, H, W) of image files: values in [-2, 2], then 1 where a pixel is there; both 0 where it is missing."""
+    """Clean images (N, C, H, W), or observations with the mask as last channel."""
     from PIL import ImageOps
     from torchvision.transforms.functional import center_crop
 
     from export import find_mask, read_image
 
-    def resize(image):
+    def square(image):
         image = center_crop(image, 140) if settings.dataset == "celeba" else image
-        return (
-            ImageOps.fit(image, (settings.image_size,) * 2, method=1) if settings.image_size else image
-        )  # Lanczos
+        return ImageOps.fit(image, (settings.image_size,) * 2, method=1)  # Lanczos
 
-    images, number = torch.empty(0), 0
+    own, images, number = bool(settings.observations), torch.empty(0), 0
+    resize, channels = square if settings.image_size else None, 1 if settings.grey else 3
     for path in tqdm(files, desc="reading images", leave=False, disable=None):
         try:
-            mask = (
-                find_mask(path, Path(settings.observations), Path(settings.masks)) if settings.masks else None
-            )
-            channels, alpha = 1 if settings.grey else 3, bool(settings.observations)
-            image = torch.from_numpy(read_image(path, channels, mask, alpha, resize))
+            mask = find_mask(path, settings.observations, settings.masks) if settings.masks else None
+            image = read_image(path, channels, mask, alpha=own, resize=resize)
         except OSError as error:
             require(settings.skip_bad_images, f"{error}; --skip-bad-images leaves such images out")
             continue
         images = images if number else torch.empty(len(files), *image.shape)
         (H, W), (H0, W0) = image.shape[1:], images.shape[2:]
-        advice = "; --image-size N crops and resizes them" if settings.dataset == "folder" else ""
-        require(
-            (H, W) == (H0, W0), f"images of mixed sizes: {path} has {W}x{H} pixels, others {W0}x{H0}{advice}"
-        )
-        images[number] = image
+        message = f"images of mixed sizes: {path} has {W}x{H} pixels, others {W0}x{H0}"
+        require((H, W) == (H0, W0), message + "; --image-size N crops and resizes them" * (not own))
+        images[number] = torch.from_numpy(image)
         number += 1
     require(number > 0, "none of the images can be read")
-    return images[:number]
+    return images[:number] if own else images[:number, :-1]
 
 
-# ---- Metrics and pictures, of held-out observations --------------------------------------------------------
+# ---- Metrics and pictures, of held-out observations -------------------------------------------------------
 
 
 def psnr(x: Tensor, x0: Tensor) -> float:
@@ -1335,21 +1288,10 @@ def frechet_distance(x: Tensor, x0: Tensor) -> float:
     return float((m - m0).square().sum() + C.trace() + C0.trace() - 2 * root)
 
 
-def draw_samples(state: State, y: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Posterior samples (num_samples, B, C, H, W) given y, and as many unconditional ones as y has rows."""
-    generator, method = (
-        generator_for(y.device, settings.seed, 0, 3),
-        settings.method,
-    )  # the same noise in every lap
-    posterior = [state.draw(y, settings.sample_steps, method, generator) for _ in range(settings.num_samples)]
-    new = state.draw(torch.zeros_like(y), settings.unconditional_steps, method, generator)
-    return torch.stack(posterior), new
-
-
 def accuracy(x: Tensor, y: Tensor, x0: Tensor | None, corruption: Corruption) -> dict:
     """Of posterior samples x (S, B, C, H, W) given y, and the truth x0 if it is known:
 
-    residual   root mean square of y - A(x) where something was observed, in units of s, or of a grey level if s = 0
+    residual   root mean square of y - A(x) where something was observed, in units of s (if 0: grey levels)
     spread     standard deviation of the samples, root mean square over the pixels
     psnr       of one sample; psnr_mean of the mean of all samples
     """
@@ -1364,17 +1306,16 @@ def accuracy(x: Tensor, y: Tensor, x0: Tensor | None, corruption: Corruption) ->
 def scores(state: State, y: Tensor, config: Config) -> dict:
     """Scores by held-out observations y (N, C + 1, H, W) alone, at about a tenth of a lap's cost:
 
-    energy        E|X - v| - E|X - X'| / 2, a proper scoring rule, smaller is better: v are values hidden from the
-                  model, a fifth of the observed ones, X and X' its predictions; root mean square over the values
+    energy        E|X - v| - E|X - X'| / 2, a proper scoring rule, smaller is better: v are values hidden from
+                  the model, a fifth of the observed ones, X and X' predictions; root mean square over the
+                  values
     coverage_*    fraction of v inside the central 50 and 90 % of 19 predictions
-    frechet_pca   Frechet distance of corrupted unconditional samples to the observations, in PCA space (after the
-                  proximal FID of Denoising Score Distillation, arXiv 2503.07578)
+    frechet_pca   Frechet distance of corrupted unconditional samples to the observations, in PCA space (after
+                  the proximal FID of Denoising Score Distillation, arXiv 2503.07578)
     """
     generator, draws, steps = generator_for(y.device, config.seed, 0, 6), 19, 8  # the same noise in every lap
     corruption, size = state.denoiser.corruption, len(state.x0) * ranks()[1]
-    lap = (
-        3 * config.steps * config.batch + size * config.sample_steps
-    )  # evaluations; a step is 3 for each image
+    lap = 3 * config.steps * config.batch + size * config.sample_steps  # evaluations; a training step is 3
     n = min(len(y), max(16, int(0.1 * lap / steps - len(y)) // draws))
     seen, fraction = y[:n], torch.full((n,), 0.2, device=y.device)
     rest = mask_patches(seen, fraction, corruption.patch, generator)
@@ -1397,7 +1338,8 @@ def scores(state: State, y: Tensor, config: Config) -> dict:
 
 
 def save_picture(path: Path, data: Data, x: Tensor, new: Tensor) -> None:
-    """Rows: observation, two posterior samples of x, their mean and standard deviation, truth; unconditional samples."""
+    """Rows: observation, two posterior samples, mean and standard deviation of x, truth; unconditional
+    ones."""
     from matplotlib.figure import Figure
 
     y, red = data.held_out, torch.tensor([1.2, -0.8, -0.8], device=x.device).view(3, 1, 1)
@@ -1406,15 +1348,15 @@ def save_picture(path: Path, data: Data, x: Tensor, new: Tensor) -> None:
     rows |= ({} if data.truth is None else {"truth": data.truth}) | {"unconditional": new}
     columns = min(10, len(y))
     figure = Figure((0.9 * columns + 1.2, 0.9 * len(rows)), layout="constrained")
-    for line, (label, images) in zip(figure.subplots(len(rows), columns, squeeze=False), rows.items()):
-        line[0].set_ylabel(label, rotation=0, ha="right", va="center")
-        for axis, image in zip(line, ((images + 2) / 4).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()):
+    for axes, (label, images) in zip(figure.subplots(len(rows), columns, squeeze=False), rows.items()):
+        axes[0].set_ylabel(label, rotation=0, ha="right", va="center")
+        for axis, image in zip(axes, ((images + 2) / 4).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()):
             axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
     figure.savefig(path, dpi=100)
 
 
-# ---- Checkpoints -------------------------------------------------------------------------------------------
+# ---- Checkpoints ------------------------------------------------------------------------------------------
 
 
 def replace_file(path: Path, write) -> None:
@@ -1432,8 +1374,8 @@ def replace_file(path: Path, write) -> None:
 
 
 def save_checkpoint(folder: Path, state: State, settings: Settings, data: str = "") -> None:
-    """Writes checkpoint.pt: tensors and plain types only. data: sha256 of all observations. Under torchrun all processes
-    must call it together, before or after an E-step."""
+    """Writes checkpoint.pt: tensors and plain types only. data: sha256 of all observations. Under torchrun
+    all processes must call it together, before or after an E-step."""
     state.check()
     x0 = gathered(state.x0)
     if ranks()[0] == 0:
@@ -1445,16 +1387,15 @@ def save_checkpoint(folder: Path, state: State, settings: Settings, data: str = 
 
 
 def gathered(x0: Tensor) -> Tensor:
-    """The reconstructions of all R processes, in the order of the observations: rank r has r, r + R, r + 2 R, .."""
-    size = ranks()[1]
-    if size == 1:
+    """The reconstructions of all R processes, in the order of the observations: rank r has r, r + R, .."""
+    if ranks()[1] == 1:
         return x0
-    number = torch.tensor(len(x0), device=x0.device)
-    dist.all_reduce(number)
-    padded = torch.cat([x0, x0.new_zeros(-(-int(number) // size) - len(x0), *x0.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in range(size)]
-    dist.all_gather(parts, padded)
-    return torch.stack(parts, 1).flatten(0, 1)[: int(number)]
+    parts = [None] * ranks()[1]
+    dist.all_gather_object(parts, x0.cpu())
+    x0 = torch.empty(sum(map(len, parts)), *x0.shape[1:], dtype=x0.dtype)
+    for rank, part in enumerate(parts):
+        x0[rank :: len(parts)] = part
+    return x0
 
 
 @dataclass
@@ -1499,18 +1440,18 @@ def restore_state(checkpoint: Checkpoint, corruption: Corruption, device="cpu", 
 def load(
     folder: str | Path, corruption: Corruption | None = None, best: bool = False, device="cpu"
 ) -> Denoiser:
-    """The model of a run folder, of the last lap or of the one with the best energy score. A corruption of your own must
-    be given, since loading runs no code of yours."""
+    """The model of a run folder, of the last lap or of that with the best energy score. Your own corruption
+    must be given, since loading runs no code of yours."""
     checkpoint = load_checkpoint(folder)
     name, parameters = checkpoint.settings.corruption, checkpoint.settings.parameters
-    require(corruption or name in CORRUPTIONS, f"{folder} has its own corruption: give {name} to load()")
+    require(corruption or name in CORRUPTIONS, f"{folder} has its own corruption {name!r}: give it to load()")
     state = restore_state(checkpoint, corruption or CORRUPTIONS[name](**parameters), device)
     if best and state.best_weights:
         state.average.load_state_dict(state.best_weights)
     return state.model
 
 
-# ---- Command line ------------------------------------------------------------------------------------------
+# ---- Command line -----------------------------------------------------------------------------------------
 
 
 def parameters_of(corruption: type[Corruption]) -> dict:
@@ -1525,9 +1466,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(defaults: dict, parameters: dict) -> Parser:
-    """A flag for each setting and each parameter of the corruption. Flags that are not given leave no trace."""
-    epilog = f"corruptions: {', '.join(CORRUPTIONS)}; presets: {', '.join(' '.join(key) for key in PRESETS)}"
-    parser = Parser(description=__doc__.partition("\n")[0], epilog=epilog, allow_abbrev=False)
+    """A flag for each setting and parameter of the corruption. What is not given is absent from the
+    result."""
+    presets = ", ".join(" ".join(key) for key in PRESETS)
+    parser = Parser(description=__doc__.partition("\n")[0], epilog=f"presets: {presets}", allow_abbrev=False)
     parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110)
     flags = {f.name: (f.default, f.metadata["help"]) for f in fields(Settings) if f.metadata}
     flags |= {
@@ -1550,46 +1492,33 @@ def parse(argv: list[str]) -> Settings:
     saved = asdict(load_checkpoint(given["resume"]).settings) if given.get("resume") else {}
     values = saved | given
     values.setdefault("dataset", "observations" if given.get("observations") else "digits")
-    paper = (values["dataset"], "published") in PRESETS and compute_device(
-        given.get("device", "auto")
-    ) == "cuda"
+    cuda = torch.cuda.is_available() and values.get("device") != "cpu"
+    paper = cuda and (values["dataset"], "published") in PRESETS
     values.setdefault("preset", "published" if paper else "small")
     key = values["dataset"], values["preset"]
     require(key in PRESETS, f"there is no data set {key[0]!r} with preset {key[1]!r}: --help lists them")
+    name = values.setdefault("corruption", "mask")
+    require(name in CORRUPTIONS, f"unknown corruption {name!r}: {', '.join(CORRUPTIONS)}")
     smooth = (PRESETS[key] | values).get("smoothness", 0) > 0
-    values = (
-        PRESETS[key]
-        | dict(rescale=smooth and values.get("corruption") in UNIFORM, corruption="mask")
-        | values
-    )
-    require(
-        values["corruption"] in CORRUPTIONS,
-        f"unknown corruption {values['corruption']!r}: {', '.join(CORRUPTIONS)}",
-    )
-    corruption = CORRUPTIONS[values["corruption"]]
-    parameters = parameters_of(corruption)
-    old = {name: value for name, value in values.get("parameters", {}).items() if name in parameters}
+    values = PRESETS[key] | dict(rescale=smooth and name in UNIFORM) | values
+    parameters = parameters_of(CORRUPTIONS[name])
+    parameters |= {k: v for k, v in values.get("parameters", {}).items() if k in parameters}
 
-    given = vars(make_parser(values | old, parameters | old).parse_args(argv))
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    own = {name: given.pop(name) for name in parameters if name in given}
-    settings = Settings(**values | given | dict(parameters=parameters | old | own))
-    if corruption is Jpeg and settings.observations and not saved and "quality" not in own:
+    given = vars(make_parser(values, parameters).parse_args(argv))
+    own = {k: given.pop(k) for k in parameters if k in given}
+    if name == "jpeg" and given.get("observations") and not saved and "quality" not in own:
         from export import jpeg_tables
 
-        settings.parameters |= jpeg_tables(image_files(settings))
+        own = jpeg_tables(image_files(Settings(**values | given))) | own
+    own = {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}
+    settings = Settings(**values | given | dict(parameters=parameters | own))
     now, free = asdict(settings), ("laps", "data_dir", "observations", "masks", "resume", "device")
-    changed = [name for name in saved if name not in free and now[name] != saved[name]]
+    changed = [k for k in saved if k not in free and now[k] != saved[k]]
     require(not changed, f"{settings.resume} was made with other values of {', '.join(changed)}")
     return settings
 
 
-def compute_device(name: str) -> str:
-    require(name != "cuda" or torch.cuda.is_available(), "there is no CUDA device here: --device cpu")
-    return "cuda" if torch.cuda.is_available() and name != "cpu" else "cpu"
-
-
-# ---- A run: config.json, checkpoint.pt, metrics.jsonl, lap_NN.png ------------------------------------------
+# ---- A run: config.json, checkpoint.pt, metrics.jsonl, lap_NN.png -----------------------------------------
 
 
 @dataclass
@@ -1605,17 +1534,19 @@ class Run:
 
 
 def prepare(settings: Settings) -> Run:
-    """Reads or makes the observations and chooses the folder, which is made with the first checkpoint."""
-    (rank, size), device = ranks(), compute_device(settings.device)
-    corruption = CORRUPTIONS[settings.corruption](**settings.parameters)
+    """Reads or makes the observations, and chooses the folder."""
+    rank, size = ranks()
+    cuda = torch.cuda.is_available() and settings.device != "cpu"
+    require(cuda or settings.device != "cuda", "there is no CUDA device here: --device cpu")
+    device, corruption = "cuda" if cuda else "cpu", CORRUPTIONS[settings.corruption](**settings.parameters)
     data = observe(settings, corruption)
+    require(bool(data.y.isfinite().all()), f"{settings.corruption} gives values that are not finite")
     number, digest = len(data.y), hashlib.sha256(data.y.numpy().tobytes()).hexdigest()
     y = data.y[rank::size]
-    fits = (
-        device == "cpu" or 3 * y.nbytes < torch.cuda.mem_get_info()[0]
-    )  # y and x0 in half of the GPU's memory
+    fits = not cuda or 3 * y.nbytes < torch.cuda.mem_get_info()[0]  # y and x0 in half of the GPU's memory
     data.y, data.held_out = y.to(device if fits else "cpu"), data.held_out.to(device)
     data.truth = None if data.truth is None else data.truth.to(device)
+    corruption.masks = None if corruption.masks is None else corruption.masks.to(device)
     stem = f"{settings.dataset}-{settings.corruption}"
     free = (f"{stem}-{i}" for i in itertools.count(1) if not Path("runs", f"{stem}-{i}").exists())
     folder = Path(settings.resume or Path("runs", settings.name or next(free)))
@@ -1630,8 +1561,8 @@ def prepare(settings: Settings) -> Run:
 
 
 def train(run: Run) -> int:
-    """EM with a progress bar, a report after each lap, and a checkpoint after each lap and every three minutes. Returns
-    the exit code."""
+    """EM with a progress bar, a report and a checkpoint after each lap, and a checkpoint every three minutes.
+    Returns the exit code."""
     settings, y, (rank, size), state = run.settings, run.data.y, ranks(), None
     if settings.resume:
         checkpoint = load_checkpoint(run.folder)
@@ -1668,19 +1599,21 @@ def train(run: Run) -> int:
 
 @torch.no_grad()
 def report(run: Run, state: State) -> str:
-    """Measures a complete lap, for state.history, metrics.jsonl and a picture. Returns a line for the terminal."""
-    folder, settings, y = run.folder, run.settings, run.data.held_out
-    x, new = draw_samples(state, y, settings)
+    """Measures a complete lap, for state.history, metrics.jsonl and a picture. Returns a line to print."""
+    settings, folder, y = run.settings, run.folder, run.data.held_out
+    generator = generator_for(y.device, settings.seed, 0, 3)  # the same noise in every lap
+    how = settings.sample_steps, settings.method, generator
+    x = torch.stack([state.draw(y, *how) for _ in range(settings.num_samples)])  # (S, B, C, H, W)
+    new = state.draw(torch.zeros_like(y), settings.unconditional_steps, *how[1:])
     row = dict(lap=state.lap) | (dict(loss=float(state.losses.mean())) if state.lap else {})
     row |= accuracy(x, y, run.data.truth, run.corruption) | scores(state, y, settings)
     state.history.append({name: round(value, 5) for name, value in row.items()})
     if best_row(state.history)["lap"] == state.lap:
         state.best_weights = {name: value.clone() for name, value in state.average.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
-    files = {"config.json": [asdict(settings)], "metrics.jsonl": state.history}
-    for name, rows in files.items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        replace_file(folder / name, lambda file: file.write(text.encode()))
+    for name, rows in {"config.json": [asdict(settings)], "metrics.jsonl": state.history}.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        replace_file(folder / name, lambda file: file.write(text))
     save_picture(folder / f"lap_{state.lap:02d}.png", run.data, x, new)
     line = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "lap")
     return f"lap {state.lap}/{settings.laps}  {line}"
@@ -1704,7 +1637,7 @@ def conclusion(run: Run, history: list[dict]) -> str:
 
 @contextmanager
 def stop_signals():
-    """A list that receives the first Ctrl-C or SIGTERM, so that a run stops between two steps. A second one kills."""
+    """A list that receives the first Ctrl-C or SIGTERM: a run stops between two steps. A second one kills."""
     received = []
 
     def receive(number, frame):
@@ -1751,16 +1684,12 @@ def process_group():
 
 
 def main(argv: list[str] | None = None, **corruptions: type[Corruption]) -> int:
-    """The command line, with corruptions of your own by name. Returns the exit code, 2 after a DiffEMError."""
+    """The command line, with your own corruptions by name. Returns the exit code, 2 after a DiffEMError."""
     CORRUPTIONS.update(corruptions)
     try:
         with process_group():
             settings = parse(sys.argv[1:] if argv is None else argv)
-            if (
-                settings.dataset in ("cifar10", "celeba")
-                and settings.preset == "small"
-                and not settings.resume
-            ):
+            if settings.dataset in ("cifar10", "celeba") and settings.preset == "small":
                 print("small preset, for a CPU: --preset published is the paper's, and takes days on a GPU")
             return train(prepare(settings))
     except (DiffEMError, OSError) as error:
@@ -1770,9 +1699,7 @@ def main(argv: list[str] | None = None, **corruptions: type[Corruption]) -> int:
 
 if __name__ == "__main__":
     code = main()
-    if (
-        "TORCHELASTIC_RUN_ID" in os.environ
-    ):  # Gloo's threads may outlive the process group, and abort Python as it ends
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # Gloo's threads may outlive the process group and abort Python
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

@@ -87,7 +87,7 @@ def evaluate(options: argparse.Namespace) -> None:
     if options.reference:
         (H, W), like = y.shape[-2:], dict(dataset="folder", observations="", masks="", data_dir=options.reference)
         like = replace(settings, **like, image_size=H if H == W else 0)
-        reference = diffem.read_images(diffem.image_files(like), like)[:, :-1]
+        reference = diffem.read_images(diffem.image_files(like), like)
     elif truth is not None:
         reference = diffem.load_images(settings)[0]
     else:

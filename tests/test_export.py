@@ -162,11 +162,12 @@ sys.modules["diffem"] = sys.modules["export"] = None
 import torch
 inputs, model = torch.load("inputs.pt"), torch.jit.load("model.ts.pt")
 y = inputs["y"]
-results = [model(inputs["xt"], inputs["sigma"], y), model.sample(y), model.sample(y, 7, 3), model.sample(y, 7, 3, "dpm2m")]
+seeded = lambda: torch.Generator().manual_seed(3)
+results = [model(inputs["xt"], inputs["sigma"], y), model.sample(y, 7, "ddpm", seeded()), model.sample(y, 7, "dpm2m", seeded())]
 assert not any(result.requires_grad for result in results)
 torch.save(results, "results.pt")
 try:
-    model.sample(y, 7, 3, "magic")
+    model.sample(y, 7, "magic", seeded())
 except Exception as error:
     assert "unknown method magic" in str(error)
 """
@@ -175,8 +176,8 @@ except Exception as error:
     results = torch.load(tmp_path / "results.pt")
     with torch.no_grad():
         expected = [model(xt, sigma, y)]
-    for steps, seed, method in [(5, 0, "ddpm"), (7, 3, "ddpm"), (7, 3, "dpm2m")]:
-        expected.append(model.sample(y, steps, method, torch.Generator().manual_seed(seed)))
+    for method in ("ddpm", "dpm2m"):
+        expected.append(model.sample(y, 7, method, torch.Generator().manual_seed(3)))
     for result, value in zip(results, expected, strict=True):
         torch.testing.assert_close(result, value, atol=1e-5, rtol=1e-5)
 
@@ -203,16 +204,35 @@ def test_the_onnx_file(run, restorer):
     )  # fmt: skip
 
 
-def test_readme_example(run):
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    block = next(block for block in code if "onnxruntime" in block)
-    assert "y = np.zeros(" in block
-    lines = block.replace("levels =", "y[:, :, ::2] = 1\nlevels =", 1) + "\nnp.save('samples.npy', xt)\nnp.save('y.npy', y)"
-    done = python("-c", "import sys; sys.modules['torch'] = None\n" + lines, cwd=run)
+PLAIN = """
+import sys
+sys.modules["torch"] = sys.modules["export"] = None
+import json, numpy as np, onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+meta = {key: json.loads(session.get_modelmeta().custom_metadata_map[key]) for key in ("channels", "sigma_max", "sigma_min")}
+y = np.zeros((4, meta["channels"] + 1, 32, 32), np.float32)
+y[:, :, ::2] = 1
+noise = lambda: np.random.standard_normal((4, meta["channels"], 32, 32)).astype(np.float32)
+levels = np.append(np.geomspace(meta["sigma_max"], meta["sigma_min"], 16), 0).astype(np.float32)
+xt, x0 = levels[0] * noise(), noise()
+for sigma_t, sigma_s in zip(levels, levels[1:]):  # ddpm
+    r = sigma_s / sigma_t
+    coefficients = np.array([r**2, 1 - r**2, 0, sigma_s * np.sqrt(1 - r**2)], np.float32)
+    inputs = dict(xt=xt, sigma=np.full(4, sigma_t), y=y, coefficients=coefficients, x0_previous=x0, noise=noise())
+    xt, x0 = session.run(["xs", "x0"], inputs)
+np.save("samples.npy", xt)
+"""
+
+
+def test_the_inputs_that_the_docstring_names_are_enough_for_another_runtime(run):
+    for name in ("xt", "sigma", "y", "coefficients", "x0_previous", "noise"):
+        assert re.search(rf"^    {name} +(batch|4)\b", export.__doc__, re.M), name
+    done = python("-c", PLAIN, cwd=run)
     assert done.returncode == 0, done.stderr
-    x, y = np.load(run / "samples.npy"), np.load(run / "y.npy")
-    assert x.shape == (4, 3, 32, 32) and np.abs(x - y[:, :3])[:, :, ::2].max() < 0.01  # agrees with y
-    assert x[:, :, 1::2].std() > 0.1
+    x = np.load(run / "samples.npy")
+    assert x.shape == (4, 3, 32, 32) and np.abs(x[:, :, ::2] - 1).max() < 0.01 and x[:, :, 1::2].std() > 0.1
+    (run / "samples.npy").unlink()
 
 
 def test_half(run):
@@ -255,7 +275,7 @@ def test_downsampled_images_grow(tmp_path):
     assert done.returncode == 0, done.stderr
     x = np.kron(np.arange(30).reshape(5, 6), np.ones((2, 2))) * (4 / 255) - 2
     y = np.stack([x, np.ones_like(x)])[None].astype(np.float32)
-    expected = np.round((restorer.sample(y, (0, ""), [(0, 1)])[0, 0] + 2) * (255 / 4)).clip(0, 255)
+    expected = np.round((restorer.sample(y, 0, "", [(0, 1)])[0, 0] + 2) * (255 / 4)).clip(0, 255)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out/small_sample2.png")), expected)
 
 
@@ -330,7 +350,7 @@ def test_restore_without_pytorch(run, restorer, pictures):
         known = observed[..., -1] == 255
         x = np.stack([read(pictures / f"out/{name}_sample{i}.png") for i in (1, 2, 3)])  # (3, H, W, C)
         y = np.concatenate([(observed[..., :3] * (4 / 255) - 2) * known[..., None], known[..., None]], -1)
-        expected = restorer.sample(np.stack([y.transpose(2, 0, 1)] * 3), (4, "ddim"), [(7, 0), (7, 1), (7, 2)])
+        expected = restorer.sample(np.stack([y.transpose(2, 0, 1)] * 3), 4, "ddim", [(7, 0), (7, 1), (7, 2)])
         assert np.abs(x - ((expected.transpose(0, 2, 3, 1) + 2) * (255 / 4)).clip(0, 255)).max() < 0.51
         assert (x[:, known] == observed[known][:, :3]).all() and not (x[0] == x[1]).all()
         mean, std = (read(pictures / f"out/{name}_{kind}.png") for kind in ("mean", "std"))
