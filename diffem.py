@@ -234,7 +234,7 @@ class Corruption(nn.Module):
     block = 1  # side of the blocks of T; 0: the whole image
     patch = 1  # side of the squares that are observed together
     masks = None  # (K, 1, H, W): observed masks, used in place of `mask`
-    limits = dict(rate=(0, 0.999), noise=(0, 1e3), width=(0.01, 1e3), factor=(1, 1e3), quality=(1, 100))
+    limits = {}  # of the arguments by name: (low, high)
 
     def __init__(self, **parameters):
         super().__init__()
@@ -286,8 +286,7 @@ class Corruption(nn.Module):
         return tiled(self.slope, y) * self.T(y[:, :-1])
 
     def learn(self, x: Tensor, generator: torch.Generator) -> None:
-        """Measures w and h for each channel and coefficient of a block, on x (N, C, H, W) like clean
-        images."""
+        """Measures w and h for each channel and coefficient of a block, on x (N, C, H, W) like clean ones."""
         (N, C, H, W), n = x.shape, max(1, self.block)
         require(min(H, W) >= n, f"images of {H}x{W} pixels are smaller than a block of {n}x{n}")
         x = x[..., : H // n * n, : W // n * n].clamp(-2, 2)
@@ -315,8 +314,7 @@ class Linear(Corruption):
         return torch.ones(1, 1, device=y.device)
 
     def inverse_variance(self, y: Tensor) -> Tensor:
-        """1 / s^2 for each coefficient of T y, or 0. A patch shares its noise: in T y it counts side
-        times."""
+        """1 / s^2 for each coefficient of T y, or 0. Noise that a patch shares counts side times in T y."""
         m = y[:, -1:].amin((2, 3), keepdim=True) if self.block == 0 else y[:, -1:]
         return m / max((self.patch * self.noise) ** 2, 1e-6)  # with more, float32 could not add 1 / S
 
@@ -332,6 +330,8 @@ class Linear(Corruption):
 
 class Mask(Linear):
     """Pixels missing independently with probability `rate`: y = m (x + s eps)."""
+
+    limits = dict(rate=(0, 0.999), noise=(0, 1e3))
 
     def __init__(self, rate: float = 0.75, noise: float = 1e-3):
         super().__init__(rate=rate, noise=noise)
@@ -364,7 +364,7 @@ class Block(Mask):
 class Noise(Linear):
     """White noise: y = x + s eps."""
 
-    block = 0
+    block, limits = 0, dict(noise=(0, 1e3))
 
     def __init__(self, noise: float = 0.5):
         super().__init__(noise=noise)
@@ -375,7 +375,7 @@ class Blur(Linear):
     eps. float32 is enough for s >= 1e-3, the paper's: w is at most 1e6, and where K all but removes a
     frequency, w and its error are small beside what the Gaussian knows. A smaller s counts as 1e-3 in w."""
 
-    block = 0
+    block, limits = 0, dict(width=(0.01, 1e3), noise=(0, 1e3))
 
     def __init__(self, width: float = 1.5, noise: float = 0.02):
         super().__init__(width=width, noise=noise)
@@ -395,6 +395,8 @@ class Blur(Linear):
 
 class Downsample(Linear):
     """Means of factor x factor pixels, with noise, each repeated to the image's size: y = R (M x + s eps)."""
+
+    limits = dict(factor=(1, 1e3), noise=(0, 1e3))
 
     def __init__(self, factor: int = 2, noise: float = 0.01):
         super().__init__(factor=factor, noise=noise)
@@ -417,11 +419,10 @@ class Downsample(Linear):
 
 
 class Jpeg(Corruption):
-    """JPEG as libjpeg writes and reads it, bit for bit: of `quality` 1 to 100, or by the quantisation
-    `tables` of a file, 64 numbers (grey) or 128. subsampling of colours: 0 is 4:4:4, 1 is 4:2:2, 2 is
-    4:2:0."""
+    """JPEG as libjpeg writes and reads it, bit for bit: of `quality` 1 to 100, or by a file's quantisation
+    tables, 64 numbers (grey) or 128. subsampling of colours: 0 is 4:4:4, 1 is 4:2:2, 2 is 4:2:0."""
 
-    block = patch = 8
+    block, patch, limits = 8, 8, dict(quality=(1, 100))
     # The left half of libjpeg's DCT matrix, times 8192 sqrt(8), and its colour matrices, times 65536
     DCT = [[8192, 8192, 8192, 8192], [11363, 9633, 6437, 2260], [10703, 4433, -4433, -10703],
            [9633, -2259, -11362, -6436], [8192, -8192, -8192, 8192], [6437, -11362, 2261, 9633],
@@ -580,8 +581,7 @@ class Gaussian(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Mean and variances of t = T x under log p(x) + sum (h t - w t^2 / 2), p with another mean.
 
-        T has blocks of `block`. wh: w and h, (B, C, H, W); y, their source, gives a first guess. The mean
-        solves
+        T has blocks of `block`. wh: w and h, (B, C, H, W); y, their source, gives a first guess. Solves
             (Sigma^-1 + w) t = Sigma^-1 mean + h
         by conjugate gradients: one step is exact where T is the basis of S, 4 are close. The variances are
         1 / (a + w). a lies between the precision under N(0, S) of a coefficient given no other and given all
@@ -863,8 +863,7 @@ class Denoiser(nn.Module):
 
     @torch.jit.export
     def sample(self, y: Tensor, steps: int, method: str, generator: torch.Generator) -> Tensor:
-        """x0 ~ q(x0 | y), unconditional where y = 0, by `steps` evaluations: (B, C + 1, H, W) -> (B, C, H,
-        W)."""
+        """x0 ~ q(x0 | y), unconditional where y = 0: (B, C + 1, H, W) -> (B, C, H, W). steps: evaluations."""
         with torch.no_grad():
             shape = self.shape(y)
             xt = self.sigma_max * torch.randn(shape, generator=generator, device=y.device)
@@ -918,8 +917,7 @@ class State:
 def new_denoiser(
     gaussian: Gaussian, corruption: Corruption, config: Config, device, cls=Denoiser
 ) -> Denoiser:
-    """A denoiser of random weights. Its network computes in bfloat16 where that is fast; all else in
-    float32."""
+    """A denoiser of random weights. Only its network computes in bfloat16, where that is fast."""
     with torch_seeded_by(generator_for("cpu", config.seed, 0, 2)):
         denoiser = cls(gaussian, corruption, config)
     denoiser.to(device).network.to(memory_format=torch.channels_last)  # faster for convolutions
@@ -991,18 +989,24 @@ def first_state(y: Tensor, corruption: Corruption, config: Config, generator: to
 
 
 def m_step(state: State, config: Config, generator: torch.Generator) -> None:
-    """One optimiser step on Eq. 10, the mean over a batch of reconstructions that are corrupted anew."""
-    corruption = state.denoiser.corruption
-    x0 = random_images(state.x0, config.batch // ranks()[1], generator)
-    x0 = augment(x0, config, generator)
-    y = hide_some(corruption(x0, generator), corruption, config.p_unconditional, generator)
+    """One optimiser step on Eq. 10, the mean over a batch of reconstructions that are corrupted anew. With
+    probability p_unconditional y is replaced by 0. If the corruption hides no pixels, with the same probability
+    a random part of y is hidden, as the scores do."""
+    corruption, p, device = state.denoiser.corruption, config.p_unconditional, generator.device
+    x0 = augment(random_images(state.x0, config.batch // ranks()[1], generator), config, generator)
+    y = corruption(x0, generator)
+    nothing = torch.rand(len(y), generator=generator, device=device) < p
+    y = y.masked_fill(nothing.view(-1, *[1] * (y.ndim - 1)), 0)
+    if not corruption.hides_pixels():
+        fraction, u = torch.rand(2, len(y), generator=generator, device=device)
+        y = mask_patches(y, fraction * (u < p), corruption.patch, generator)
     sigma = random_noise_level(len(y), config, generator)
     state.denoiser.train()
     with torch_seeded_by(generator):  # for dropout
         loss = state.denoiser.loss(x0, y, sigma, generator).mean()
     optimise(state, loss, config)
     # Reading a loss waits for the device: on a GPU only now and then
-    if loss.device.type == "cpu" or state.step % 50 == 0 or state.step == config.steps:
+    if device.type == "cpu" or state.step % 50 == 0 or state.step == config.steps:
         state.check()
 
 
@@ -1060,17 +1064,6 @@ def augment(x0: Tensor, config: Config, generator: torch.Generator) -> Tensor:
         i = torch.arange(config.crop, device=x0.device)
         x0 = x0.take_along_dim(corner[0] + i[:, None], 2).take_along_dim(corner[1] + i, 3)
     return x0
-
-
-def hide_some(y: Tensor, corruption: Corruption, p: float, generator: torch.Generator) -> Tensor:
-    """Observations y (B, ...), each replaced by 0 with probability p. If the corruption hides no pixels, a
-    random part of y is hidden with probability p too, as the scores do."""
-    nothing = torch.rand(len(y), generator=generator, device=y.device) < p
-    y = y.masked_fill(nothing.view(-1, *[1] * (y.ndim - 1)), 0)
-    if corruption.hides_pixels():
-        return y
-    fraction, u = torch.rand(2, len(y), generator=generator, device=y.device)
-    return mask_patches(y, fraction * (u < p), corruption.patch, generator)
 
 
 def e_step(state: State, y: Tensor, config: Config, generator: torch.Generator) -> None:
@@ -1338,8 +1331,7 @@ def scores(state: State, y: Tensor, config: Config) -> dict:
 
 
 def save_picture(path: Path, data: Data, x: Tensor, new: Tensor) -> None:
-    """Rows: observation, two posterior samples, mean and standard deviation of x, truth; unconditional
-    ones."""
+    """Rows: observation, two posterior samples, mean and standard deviation of x, truth; new images."""
     from matplotlib.figure import Figure
 
     y, red = data.held_out, torch.tensor([1.2, -0.8, -0.8], device=x.device).view(3, 1, 1)
@@ -1466,8 +1458,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser(defaults: dict, parameters: dict) -> Parser:
-    """A flag for each setting and parameter of the corruption. What is not given is absent from the
-    result."""
+    """A flag for each setting and parameter of the corruption. Flags not given are absent from the result."""
     presets = ", ".join(" ".join(key) for key in PRESETS)
     parser = Parser(description=__doc__.partition("\n")[0], epilog=f"presets: {presets}", allow_abbrev=False)
     parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110)
@@ -1593,7 +1584,13 @@ def train(run: Run) -> int:
                 bar.write(f"stopped in lap {state.lap}; to continue: python diffem.py --resume {run.folder}")
                 return 130
     if rank == 0:
-        print(conclusion(run, state.history))
+        first, last, best = state.history[0], state.history[-1], best_row(state.history)
+        if last["energy"] > 1.05 * best["energy"]:
+            print(f"lap {best['lap']} has a better energy score than the last: export.py {run.folder} --best")
+        if "psnr_mean" in last:
+            a, b = first["psnr_mean"], last["psnr_mean"]
+            print(f"PSNR of the posterior mean: start {a:.2f} dB, DiffEM {b:.2f} dB ({b - a:+.2f} dB)")
+        print(f"picture: {run.folder}/lap_{last['lap']:02d}.png")
     return 0
 
 
@@ -1622,17 +1619,6 @@ def report(run: Run, state: State) -> str:
 def best_row(history: list[dict]) -> dict:
     """That of the lap with the smallest energy score, without the start."""
     return min(history[1:] or history, key=lambda row: row["energy"])
-
-
-def conclusion(run: Run, history: list[dict]) -> str:
-    """The last lines of a run."""
-    first, last, best, lines = history[0], history[-1], best_row(history), []
-    if "psnr_mean" in last:
-        a, b = first["psnr_mean"], last["psnr_mean"]
-        lines += [f"PSNR of the posterior mean: start {a:.2f} dB, DiffEM {b:.2f} dB ({b - a:+.2f} dB)"]
-    if last["energy"] > 1.05 * best["energy"]:
-        lines += [f"lap {best['lap']} has a better energy score than the last: export.py {run.folder} --best"]
-    return "\n".join([*lines, f"picture: {run.folder}/lap_{last['lap']:02d}.png"])
 
 
 @contextmanager

@@ -8,11 +8,11 @@ Ambient   Ambient Diffusion, Daras et al. 2023, arXiv 2305.19256: no EM; a denoi
 from dataclasses import replace
 
 import torch
+from manifold import Projection, VectorGaussian
 from torch import Tensor, nn
 
 import diffem
 from diffem import Config, Corruption, Denoiser, Gaussian, Mask, State
-from manifold import Projection, VectorGaussian
 
 
 def measure(corruption: Corruption, x: Tensor, y: Tensor) -> Tensor:
@@ -46,7 +46,9 @@ class MMPS(nn.Module):
     published for the manifold). iterations: of conjugate gradients, 1 as published for images; 0: exact, for vectors.
     """
 
-    def __init__(self, denoiser: Denoiser, corruption: Corruption, iterations: int, prior: VectorGaussian | None = None):
+    def __init__(
+        self, denoiser: Denoiser, corruption: Corruption, iterations: int, prior: VectorGaussian | None = None
+    ):
         super().__init__()
         self.denoiser, self.corruption, self.iterations, self.prior = denoiser, corruption, iterations, prior
         self.sigma_min, self.sigma_max, self.shape = denoiser.sigma_min, denoiser.sigma_max, denoiser.shape
@@ -60,7 +62,9 @@ class MMPS(nn.Module):
             C = None
             if self.iterations == 0:
                 rows = torch.stack([jacobian(e.expand_as(xt))[0] for e in torch.eye(xt.shape[1])], 1)
-                l, V = torch.linalg.eigh(variance[..., None] * (rows + rows.mT) / 2)  # positive but for the network's errors
+                l, V = torch.linalg.eigh(
+                    variance[..., None] * (rows + rows.mT) / 2
+                )  # positive but for the network's errors
                 C = (V * l.clamp_min(0)[:, None]) @ V.mT  # (B, d, d)
         else:
             x0 = self.denoiser(xt, sigma, nothing)
@@ -78,7 +82,9 @@ class MMPS(nn.Module):
 
         residual = (y[..., -1] if y.ndim == 3 else y[:, :-1]) - measure(self.corruption, x0, y)
         if self.iterations == 0:
-            S = torch.stack([operator(e.expand_as(residual)) for e in torch.eye(residual.shape[1])], 2)  # (B, m, m)
+            S = torch.stack(
+                [operator(e.expand_as(residual)) for e in torch.eye(residual.shape[1])], 2
+            )  # (B, m, m)
             v = torch.linalg.solve(S, residual)
         else:
             v = conjugate_gradients(operator, residual, self.iterations)
@@ -100,7 +106,9 @@ class MMPSState(State):
         return MMPS(denoiser, self.observed_by, self.iterations, prior)
 
 
-def em_mmps(y: Tensor, corruption: Corruption, config: Config, iterations: int = 1, start: State | None = None):
+def em_mmps(
+    y: Tensor, corruption: Corruption, config: Config, iterations: int = 1, start: State | None = None
+):
     """As `diffem.em`, from the same start, with a denoiser that is never shown an observation."""
     config = replace(config, p_unconditional=1.0)
     state = MMPSState(**vars(start or next(diffem.em(y, corruption, config))))
@@ -127,7 +135,11 @@ class AmbientDenoiser(nn.Module):
     sample = Denoiser.sample
 
     def forward(self, xt: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
-        mask = Mask(self.rate).mask(xt[:1], diffem.generator_for(xt.device, self.seed)).expand(len(xt), -1, -1, -1)
+        mask = (
+            Mask(self.rate)
+            .mask(xt[:1], diffem.generator_for(xt.device, self.seed))
+            .expand(len(xt), -1, -1, -1)
+        )
         return self.denoiser(mask * xt, sigma, torch.cat([torch.zeros_like(xt), mask], 1))
 
 
@@ -138,16 +150,22 @@ def ambient(y: Tensor, rate: float, further: float, config: Config, seconds) -> 
         E_{A~, sigma, eps} lambda(sigma, A~) || A (D(A~ xt, sigma, A~) - x0) ||^2,  lambda = 1 / (1 - A~ / (sigma^2 + 1))
     """
     gaussian = Gaussian([y.shape[1] - 1, *y.shape[2:]])
-    state = diffem.new_state(y[:1, :-1], diffem.new_denoiser(gaussian, Corruption(), config, y.device, Masked), config)
+    state = diffem.new_state(
+        y[:1, :-1], diffem.new_denoiser(gaussian, Corruption(), config, y.device, Masked), config
+    )
     step = 0
     while seconds():
         generator = diffem.generator_for(y.device, config.seed, 1, step)
-        batch = diffem.augment(y[torch.randint(len(y), (config.batch,), generator=generator)], config, generator)
+        batch = diffem.augment(
+            y[torch.randint(len(y), (config.batch,), generator=generator)], config, generator
+        )
         x0, known = batch[:, :-1], batch[:, -1:]
         mask = known * (torch.rand(known.shape, generator=generator) >= further)
         sigma = diffem.random_noise_level(len(x0), config, generator).view(-1, 1, 1, 1)
         xt = x0 + sigma * diffem.randn_like(x0, generator)
-        error = known * (state.denoiser(mask * xt, sigma.flatten(), torch.cat([torch.zeros_like(x0), mask], 1)) - x0)
+        error = known * (
+            state.denoiser(mask * xt, sigma.flatten(), torch.cat([torch.zeros_like(x0), mask], 1)) - x0
+        )
         state.lap, state.step, step = 1, 0, step + 1  # at a constant learning rate
         diffem.optimise(state, (error.square() / (1 - mask / (sigma**2 + 1))).mean(), config)
     return AmbientDenoiser(state.average.module.eval(), 1 - (1 - rate) * (1 - further), config.seed)

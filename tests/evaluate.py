@@ -24,7 +24,9 @@ def write_images(folder: Path, x: torch.Tensor) -> None:
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    pixels = ((x.clamp(-2, 2) + 2) * (255 / 4)).round().byte().permute(0, 2, 3, 1).cpu().numpy()  # (N, H, W, C)
+    pixels = (
+        ((x.clamp(-2, 2) + 2) * (255 / 4)).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    )  # (N, H, W, C)
     for i, image in enumerate(pixels):
         Image.fromarray(image.squeeze(-1) if x.shape[1] == 1 else image).save(folder / f"{i:05d}.png")
 
@@ -35,7 +37,9 @@ def ssim(x: torch.Tensor, x0: torch.Tensor) -> float:
 
     radius = min(5, (min(x.shape[-2:]) - 1) // 2)
     blurred = (gaussian_blur(v, 2 * radius + 1, 1.5) for v in (x, x0, x * x, x0 * x0, x * x0))
-    mean, mean0, xx, yy, xy = (F.pad(v, [-radius] * 4) for v in blurred)  # where the window lies within the image
+    mean, mean0, xx, yy, xy = (
+        F.pad(v, [-radius] * 4) for v in blurred
+    )  # where the window lies within the image
     c1, c2 = (0.01 * 4) ** 2, (0.03 * 4) ** 2
     luminance = (2 * mean * mean0 + c1) / (mean**2 + mean0**2 + c1)
     return float((luminance * (2 * (xy - mean * mean0) + c2) / (xx - mean**2 + yy - mean0**2 + c2)).mean())
@@ -46,7 +50,9 @@ def fidelity(folder: Path, reference: Path, device: str, weights: str | None) ->
     try:
         from torch_fidelity import calculate_metrics
     except ImportError as error:
-        raise diffem.DiffEMError("FID, IS, KID, precision and recall need torch-fidelity: pip install torch-fidelity") from error
+        raise diffem.DiffEMError(
+            "FID, IS, KID, precision and recall need torch-fidelity: pip install torch-fidelity"
+        ) from error
     number = min(len(list(path.iterdir())) for path in (folder, reference))
     try:
         metrics = calculate_metrics(
@@ -56,7 +62,9 @@ def fidelity(folder: Path, reference: Path, device: str, weights: str | None) ->
         )  # fmt: skip
     except Exception as error:  # of the download, of the weights, of torch-fidelity
         reason = " ".join(str(error).split())[:200]
-        raise diffem.DiffEMError(f"torch-fidelity fails ({reason}); its weights may be given as --inception-weights FILE") from error
+        raise diffem.DiffEMError(
+            f"torch-fidelity fails ({reason}); its weights may be given as --inception-weights FILE"
+        ) from error
     names = dict(frechet_inception_distance="FID", inception_score_mean="IS", kernel_inception_distance_mean="KID",
                  precision="precision", recall="recall")  # fmt: skip
     return {short: metrics[name] for name, short in names.items()}
@@ -72,7 +80,10 @@ def evaluate(options: argparse.Namespace) -> None:
     generator = diffem.generator_for(device, settings.seed, 0, 7)
 
     def draw(y: torch.Tensor, steps: int) -> torch.Tensor:
-        parts, method = tqdm(y.split(settings.sample_batch), desc="sampling", leave=False, disable=None), options.method or settings.method
+        parts, method = (
+            tqdm(y.split(settings.sample_batch), desc="sampling", leave=False, disable=None),
+            options.method or settings.method,
+        )
         return torch.cat([model.sample(part.to(device), steps, method, generator).cpu() for part in parts])
 
     posterior = draw(y, options.sample_steps or settings.sample_steps)
@@ -83,9 +94,14 @@ def evaluate(options: argparse.Namespace) -> None:
         print(f"{folder}/samples/{name}: {len(x)} images")
     if truth is not None:
         x, truth = (v[: min(len(truth), number)] for v in (posterior, truth))
-        print(f"posterior, {len(x)} held-out images: PSNR {diffem.psnr(x, truth):.2f} dB, SSIM {ssim(x, truth):.3f}")
+        print(
+            f"posterior, {len(x)} held-out images: PSNR {diffem.psnr(x, truth):.2f} dB, SSIM {ssim(x, truth):.3f}"
+        )
     if options.reference:
-        (H, W), like = y.shape[-2:], dict(dataset="folder", observations="", masks="", data_dir=options.reference)
+        (H, W), like = (
+            y.shape[-2:],
+            dict(dataset="folder", observations="", masks="", data_dir=options.reference),
+        )
         like = replace(settings, **like, image_size=H if H == W else 0)
         reference = diffem.read_images(diffem.image_files(like), like)
     elif truth is not None:
@@ -95,7 +111,9 @@ def evaluate(options: argparse.Namespace) -> None:
         return
     write_images(folder / "samples" / "reference", reference)
     for name in ("posterior", "unconditional"):
-        metrics = fidelity(folder / "samples" / name, folder / "samples" / "reference", device, options.inception_weights)
+        metrics = fidelity(
+            folder / "samples" / name, folder / "samples" / "reference", device, options.inception_weights
+        )
         print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in metrics.items()))
 
 
@@ -103,12 +121,24 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run", metavar="runs/NAME")
     parser.add_argument("--num-samples", type=int, default=1000, help="images of each kind (default: 1000)")
-    parser.add_argument("--reference", metavar="FOLDER", help="clean images (default: those that the run's data were made from)")
+    parser.add_argument(
+        "--reference",
+        metavar="FOLDER",
+        help="clean images (default: those that the run's data were made from)",
+    )
     parser.add_argument("--method", help="sampler (default: the run's)")
-    parser.add_argument("--sample-steps", type=int, help="evaluations to restore an image (default: the run's)")
-    parser.add_argument("--unconditional-steps", type=int, help="evaluations to sample a new image (default: the run's)")
-    parser.add_argument("--best", action="store_true", help="the lap with the best energy score, not the last one")
-    parser.add_argument("--inception-weights", metavar="FILE", help="Inception's, where they cannot be downloaded")
+    parser.add_argument(
+        "--sample-steps", type=int, help="evaluations to restore an image (default: the run's)"
+    )
+    parser.add_argument(
+        "--unconditional-steps", type=int, help="evaluations to sample a new image (default: the run's)"
+    )
+    parser.add_argument(
+        "--best", action="store_true", help="the lap with the best energy score, not the last one"
+    )
+    parser.add_argument(
+        "--inception-weights", metavar="FILE", help="Inception's, where they cannot be downloaded"
+    )
     try:
         evaluate(parser.parse_args(argv))
     except (diffem.DiffEMError, OSError) as error:

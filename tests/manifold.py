@@ -23,7 +23,16 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import diffem  # noqa: E402
-from diffem import Config, Corruption, NoiseEmbedding, State, generator_for, randn_like, torch_seeded_by, zeroed  # noqa: E402
+from diffem import (  # noqa: E402
+    Config,
+    Corruption,
+    NoiseEmbedding,
+    State,
+    generator_for,
+    randn_like,
+    torch_seeded_by,
+    zeroed,
+)
 
 CONFIG = dict(
     channels=(256, 256, 256), laps=60, steps=200, batch=1024, ema=0.98, sigma_max=10.0, method="ddpm", sample_steps=16,
@@ -40,7 +49,9 @@ class Projection(Corruption):
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """(B, d) -> (B, rows, d + 1)."""
-        A = F.normalize(torch.randn(len(x), self.rows, x.shape[1], generator=generator, device=x.device), dim=-1)
+        A = F.normalize(
+            torch.randn(len(x), self.rows, x.shape[1], generator=generator, device=x.device), dim=-1
+        )
         return self.observe(x, F.pad(A, [0, 1]), generator)
 
     def observe(self, x: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
@@ -133,12 +144,19 @@ class VectorGaussian:
         return cls(x.mean(0), V[:, -rank:] * (variance[-rank:] - psi).clamp_min(0).sqrt(), float(psi))
 
     def sample(self, number: int, generator: torch.Generator) -> Tensor:
-        z, eps = torch.randn(number, self.U.shape[1], generator=generator), torch.randn(number, len(self.mean), generator=generator)
+        z, eps = (
+            torch.randn(number, self.U.shape[1], generator=generator),
+            torch.randn(number, len(self.mean), generator=generator),
+        )
         return self.mean + z @ self.U.T + math.sqrt(self.psi) * eps
 
     def draw(self, y: Tensor, corruption: Projection, generator: torch.Generator) -> Tensor:
         """Matheron's rule:  x' ~ prior,  y' ~ Q(. | x'),  x = x' + Sigma A^T (A Sigma A^T + s^2 I)^-1 (y - y')."""
-        x, A, Sigma = self.sample(len(y), generator), y[..., :-1], self.U @ self.U.T + self.psi * torch.eye(len(self.mean))
+        x, A, Sigma = (
+            self.sample(len(y), generator),
+            y[..., :-1],
+            self.U @ self.U.T + self.psi * torch.eye(len(self.mean)),
+        )
         S = A @ Sigma @ A.mT + corruption.noise**2 * torch.eye(A.shape[1])
         residual = (y - corruption.observe(x, y, generator))[..., -1:]
         return x + (Sigma @ A.mT @ torch.linalg.solve(S, residual))[..., 0]
@@ -174,7 +192,9 @@ def transport(x: Tensor, x0: Tensor) -> float:
     return float(ot.emd2([], [], ot.dist(x.double().numpy(), x0.double().numpy()), numItermax=10**7))
 
 
-def observed_curve(data: str | None, corruption: Projection, seed: int, number: int = 16384) -> tuple[Tensor, Tensor]:
+def observed_curve(
+    data: str | None, corruption: Projection, seed: int, number: int = 16384
+) -> tuple[Tensor, Tensor]:
     """Points x0 (N, 5) and their observations, from an .npz with x, A and y, or of our own generator."""
     if not data:
         x0 = manifold(torch.rand(number, generator=generator_for("cpu", seed, 0, 4)), seed)
@@ -185,7 +205,14 @@ def observed_curve(data: str | None, corruption: Projection, seed: int, number: 
     return arrays["x"], corruption(arrays["x"], generator_for("cpu", seed, 0, 0))
 
 
-def run(y: Tensor, x0: Tensor, corruption: Projection, config: Config, options: argparse.Namespace, points: int = 4096) -> list[dict]:
+def run(
+    y: Tensor,
+    x0: Tensor,
+    corruption: Projection,
+    config: Config,
+    options: argparse.Namespace,
+    points: int = 4096,
+) -> list[dict]:
     """A row for the first lap that ends in each tenth of the budget of CPU-seconds, without those of the metrics, and for the last."""
     floor, rows, aside, tenth, begun = transport(x0[:points], x0[-points:]), [], 0.0, -1, time.process_time()
     first = first_state(y, corruption, config)
@@ -202,7 +229,14 @@ def run(y: Tensor, x0: Tensor, corruption: Projection, config: Config, options: 
             now, tenth = time.process_time(), int(10 * used / seconds)
             error = (corruption.measure(state.x0, y) - y[..., -1]) / corruption.noise
             cost = transport(state.x0[:points], x0[:points]) - floor
-            rows.append({"lap": state.lap, "CPU-s": used, "transport": cost, "residual": float(error.square().mean().sqrt())})
+            rows.append(
+                {
+                    "lap": state.lap,
+                    "CPU-s": used,
+                    "transport": cost,
+                    "residual": float(error.square().mean().sqrt()),
+                }
+            )
             print(json.dumps(rows[-1]), flush=True)
             aside += time.process_time() - now
     return rows
@@ -212,10 +246,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", help="an .npz with x, A and y (default: a curve of our own generator)")
     parser.add_argument("--rows", type=int, default=2, help="dimensions observed, of 5 (default: 2)")
-    parser.add_argument("--noise", type=float, default=0.01, help="standard deviation of the observations' noise (default: 0.01)")
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.01,
+        help="standard deviation of the observations' noise (default: 0.01)",
+    )
     parser.add_argument("--seconds", type=float, default=308, help="CPU-seconds (default: 308, all laps)")
     parser.add_argument("--laps", type=int, default=60, help="EM iterations (default: 60)")
-    parser.add_argument("--guided", action="store_true", help="EM-MMPS in place of DiffEM, with the same laps")
+    parser.add_argument(
+        "--guided", action="store_true", help="EM-MMPS in place of DiffEM, with the same laps"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     corruption = Projection(options.rows, options.noise)

@@ -1,12 +1,12 @@
 """The baselines against closed forms."""
 
+import baselines
 import pytest
 import torch
+from manifold import Projection, VectorGaussian, first_state, manifold
 from test_method import ExactDenoiser, draw, gaussian
 
-import baselines
 from diffem import Config, Mask
-from manifold import Projection, VectorGaussian, first_state, manifold
 
 
 @pytest.mark.parametrize("variant", ["jacobian", "covariance"])
@@ -30,7 +30,9 @@ def test_em_mmps_samples_agree_with_the_observations(generator):
     x0 = manifold(torch.rand(512, generator=generator), 0)
     corruption = Projection(noise=0.1)
     y = corruption(x0, generator)
-    config = Config(channels=(32,), laps=1, steps=50, batch=64, sigma_max=10.0, sample_steps=128, start_rank=4)
+    config = Config(
+        channels=(32,), laps=1, steps=50, batch=64, sigma_max=10.0, sample_steps=128, start_rank=4
+    )
     for gaussian_covariance in (False, True):
         run = baselines.em_mmps(y, corruption, config, 0, first_state(y, corruption, config))
         state = next(run)

@@ -10,13 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import diffem
-import evaluate
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--channels 8 8 --blocks 1 --laps 1 --steps 3 --batch 8 --sample-steps 3 --start-laps 2 --start-rank 4 --held-out 12 "
@@ -24,7 +24,11 @@ SMALL = ("--channels 8 8 --blocks 1 --laps 1 --steps 3 --batch 8 --sample-steps 
 
 
 def start(*arguments, cwd, **kind):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "https_proxy": "http://127.0.0.1:9",
+        "http_proxy": "http://127.0.0.1:9",
+    }
     return subprocess.Popen([sys.executable, str(ROOT / "diffem.py"), *map(str, arguments)], cwd=cwd, env=environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kind)  # fmt: skip
 
@@ -60,7 +64,15 @@ def check_run(folder: Path, laps: int = 1):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["lap"] for line in lines] == list(range(laps + 1))
     for line in lines:
-        assert {"psnr", "psnr_mean", "residual", "spread", "energy", "coverage_90", "frechet_pca"} <= line.keys()
+        assert {
+            "psnr",
+            "psnr_mean",
+            "residual",
+            "spread",
+            "energy",
+            "coverage_90",
+            "frechet_pca",
+        } <= line.keys()
         assert all(np.isfinite(value) for value in line.values())
     assert "loss" in lines[-1]
     assert Image.open(folder / f"lap_{laps:02d}.png").width > 500
@@ -68,7 +80,14 @@ def check_run(folder: Path, laps: int = 1):
 
 @pytest.mark.parametrize(
     "corruption",
-    ["mask --rate 0.4", "block", "blur --width 0.8", "downsample --factor 4", "noise --noise 0.3", "jpeg --quality 30"],
+    [
+        "mask --rate 0.4",
+        "block",
+        "blur --width 0.8",
+        "downsample --factor 4",
+        "noise --noise 0.3",
+        "jpeg --quality 30",
+    ],
 )
 def test_script_with_every_corruption(corruption, tmp_path):
     code, out, err = script(*SMALL, "--corruption", *corruption.split(), cwd=tmp_path)
@@ -78,7 +97,9 @@ def test_script_with_every_corruption(corruption, tmp_path):
 
 
 def test_script_on_a_folder_in_colour_and_on_mnist_files(photos, tmp_path):
-    code, out, err = script(*SMALL, "--dataset", "folder", "--data-dir", photos, "--image-size", 12, cwd=tmp_path)
+    code, out, err = script(
+        *SMALL, "--dataset", "folder", "--data-dir", photos, "--image-size", 12, cwd=tmp_path
+    )
     assert code == 0 and err == "", err
     check_run(tmp_path / "runs" / "folder-mask-1")
     for stem, number in (("train", 50), ("t10k", 15)):
@@ -95,7 +116,9 @@ class FakeCIFAR10:
 
     def __init__(self, root, train, download):
         assert download
-        self.data = np.random.default_rng(train).integers(0, 255, (50 if train else 20, 32, 32, 3)).astype(np.uint8)
+        self.data = (
+            np.random.default_rng(train).integers(0, 255, (50 if train else 20, 32, 32, 3)).astype(np.uint8)
+        )
 
 
 def test_cifar10_without_a_gpu_takes_the_small_preset_and_resumes(tmp_path, monkeypatch, capsys):
@@ -131,7 +154,9 @@ def test_a_corruption_of_ones_own(tmp_path):
     def own(*arguments):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "own.py", *arguments]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
 
     done = own(*SMALL, "--corruption", "saturate", "--limit-at", "0.8")
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -158,25 +183,47 @@ def test_interrupted_and_resumed_equals_uninterrupted(tmp_path):
     assert process.returncode == 130, (out, err)
     assert "--resume runs/parts" in out and "Traceback" not in err
     assert torch.load(tmp_path / "runs/parts/checkpoint.pt", weights_only=True)["state"]["lap"] <= 1
-    with open(tmp_path / "runs/parts/metrics.jsonl", "a") as file:  # as if it had been killed between a report and its checkpoint
+    with open(
+        tmp_path / "runs/parts/metrics.jsonl", "a"
+    ) as file:  # as if it had been killed between a report and its checkpoint
         file.write('{"lap": 1, "psnr": 0}\n')
     code, out, err = script("--resume", "runs/parts", cwd=tmp_path)
     assert code == 0 and err == "", err
     check_run(tmp_path / "runs/parts", laps=2)
-    whole, parts = (torch.load(tmp_path / "runs" / name / "checkpoint.pt", weights_only=True)["state"] for name in ("whole", "parts"))
+    whole, parts = (
+        torch.load(tmp_path / "runs" / name / "checkpoint.pt", weights_only=True)["state"]
+        for name in ("whole", "parts")
+    )
     for name, weight in whole["average"].items():
         assert torch.equal(weight, parts["average"][name]), name
     assert torch.equal(whole["x0"], parts["x0"])
-    assert (tmp_path / "runs/whole/metrics.jsonl").read_text() == (tmp_path / "runs/parts/metrics.jsonl").read_text()
+    assert (tmp_path / "runs/whole/metrics.jsonl").read_text() == (
+        tmp_path / "runs/parts/metrics.jsonl"
+    ).read_text()
 
 
 def test_help(tmp_path):
     code, out, err = script("--help", cwd=tmp_path)
     assert code == 0
-    for words in ("--image-size", "--resume", "--start-rank", "(default: 0.001)", "--rate", "(default: 0.5)", "cifar10 published"):
+    for words in (
+        "--image-size",
+        "--resume",
+        "--start-rank",
+        "(default: 0.001)",
+        "--rate",
+        "(default: 0.5)",
+        "cifar10 published",
+    ):
         assert words in " ".join(out.split()), words
-    code, out, err = script("--help", "--dataset", "cifar10", "--preset", "published", "--corruption", "jpeg", cwd=tmp_path)
-    for words in ("(default: 50000)", "(default: 128 256 384)", "--quality", "(default: 20)"):  # those that hold there
+    code, out, err = script(
+        "--help", "--dataset", "cifar10", "--preset", "published", "--corruption", "jpeg", cwd=tmp_path
+    )
+    for words in (
+        "(default: 50000)",
+        "(default: 128 256 384)",
+        "--quality",
+        "(default: 20)",
+    ):  # those that hold there
         assert words in " ".join(out.split()), words
     assert list(tmp_path.iterdir()) == []
 
@@ -224,19 +271,45 @@ def test_evaluation_of_a_run(photos, tmp_path, monkeypatch, capsys):
     assert evaluate.main(evaluation) == 2
     out, err = capsys.readouterr()
     assert re.search(r"12 held-out images: PSNR \d+\.\d+ dB, SSIM", out)
-    assert err == "evaluate: FID, IS, KID, precision and recall need torch-fidelity: pip install torch-fidelity\n"
+    assert (
+        err
+        == "evaluate: FID, IS, KID, precision and recall need torch-fidelity: pip install torch-fidelity\n"
+    )
     for kind in ("posterior", "unconditional"):
         files = sorted((tmp_path / "runs/one/samples" / kind).iterdir())
         assert len(files) == 30 and Image.open(files[-1]).size == (8, 8)
-    monkeypatch.setitem(sys.modules, "torch_fidelity", type("module", (), {"calculate_metrics": staticmethod(fake_fidelity)}))
+    monkeypatch.setitem(
+        sys.modules, "torch_fidelity", type("module", (), {"calculate_metrics": staticmethod(fake_fidelity)})
+    )
     assert evaluate.main(evaluation) == 2
-    assert "no internet" in (err := capsys.readouterr().err) and "--inception-weights" in err and err.count("\n") == 1
+    assert (
+        "no internet" in (err := capsys.readouterr().err)
+        and "--inception-weights" in err
+        and err.count("\n") == 1
+    )
     weights = ["--inception-weights", "weights.pt"]
     assert evaluate.main([*evaluation, *weights]) == 0  # against the 40 images that it was trained to restore
     assert "posterior: FID 4.003e+04, IS 0.5, KID 0.5, precision 0.5, recall 0.5" in capsys.readouterr().out
-    assert evaluate.main([*evaluation, *weights, "--reference", str(photos / "class0"), "--method", "ddim", "--sample-steps", "2"]) == 0
+    assert (
+        evaluate.main(
+            [
+                *evaluation,
+                *weights,
+                "--reference",
+                str(photos / "class0"),
+                "--method",
+                "ddim",
+                "--sample-steps",
+                "2",
+            ]
+        )
+        == 0
+    )
     assert "unconditional: FID 2.003e+04" in capsys.readouterr().out
-    for flags, message in ((["--reference", "nowhere"], "nowhere"), (["--method", "euler"], "unknown method euler")):
+    for flags, message in (
+        (["--reference", "nowhere"], "nowhere"),
+        (["--method", "euler"], "unknown method euler"),
+    ):
         assert evaluate.main([*evaluation, *flags]) == 2
         assert message in (err := capsys.readouterr().err) and err.count("\n") == 1
     assert evaluate.main(["runs/two"]) == 2
@@ -247,7 +320,10 @@ def test_ssim(generator):
     x0 = torch.rand(3, 1, 16, 16, generator=generator) * 4 - 2
     assert evaluate.ssim(x0, x0) == pytest.approx(1.0, abs=1e-5)
     # Wang et al.'s formula, window by window
-    x, window = x0 + 0.5 * torch.randn(x0.shape, generator=generator), np.outer(*[np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)] * 2)
+    x, window = (
+        x0 + 0.5 * torch.randn(x0.shape, generator=generator),
+        np.outer(*[np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)] * 2),
+    )
     window /= window.sum()
     values = []
     for a, b in zip(x[:, 0].double().numpy(), x0[:, 0].double().numpy()):
@@ -255,7 +331,11 @@ def test_ssim(generator):
             for j in range(6):
                 p, q = a[i : i + 11, j : j + 11], b[i : i + 11, j : j + 11]
                 mp, mq = (window * p).sum(), (window * q).sum()
-                vp, vq, c = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum(), (window * (p - mp) * (q - mq)).sum()
+                vp, vq, c = (
+                    (window * (p - mp) ** 2).sum(),
+                    (window * (q - mq) ** 2).sum(),
+                    (window * (p - mp) * (q - mq)).sum(),
+                )
                 c1, c2 = 0.04**2, 0.12**2
                 values.append((2 * mp * mq + c1) * (2 * c + c2) / ((mp**2 + mq**2 + c1) * (vp + vq + c2)))
     assert evaluate.ssim(x, x0) == pytest.approx(np.mean(values), abs=1e-4)
@@ -345,8 +425,12 @@ def test_bad_checkpoints_and_folders(tmp_path, monkeypatch, capsys):
     path = tmp_path / "runs/one/checkpoint.pt"
     whole = path.read_bytes()
     assert "runs/one exists" in fails([*SMALL, "--name", "one"], tmp_path, monkeypatch, capsys)
-    assert "other values of parameters" in fails(["--resume", "runs/one", "--rate", 0.3], tmp_path, monkeypatch, capsys)
-    assert "other values of steps" in fails(["--resume", "runs/one", "--steps", 4], tmp_path, monkeypatch, capsys)
+    assert "other values of parameters" in fails(
+        ["--resume", "runs/one", "--rate", 0.3], tmp_path, monkeypatch, capsys
+    )
+    assert "other values of steps" in fails(
+        ["--resume", "runs/one", "--steps", 4], tmp_path, monkeypatch, capsys
+    )
     assert "dataset" in fails(["--resume", "runs/one", "--dataset", "mnist"], tmp_path, monkeypatch, capsys)
     for junk in (whole[: len(whole) // 2], b"junk", b"", whole[:-1000] + b"\0" * 1000):
         path.write_bytes(junk)
@@ -357,7 +441,9 @@ def test_bad_checkpoints_and_folders(tmp_path, monkeypatch, capsys):
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["settings"]["channels"] = (16, 8)
     torch.save(checkpoint, path)
-    assert "not those of its own settings" in fails(["--resume", "runs/one", "--laps", 2], tmp_path, monkeypatch, capsys)
+    assert "not those of its own settings" in fails(
+        ["--resume", "runs/one", "--laps", 2], tmp_path, monkeypatch, capsys
+    )
 
 
 def test_a_run_on_other_data_is_not_resumed(photos, tmp_path, monkeypatch, capsys):
@@ -377,7 +463,9 @@ def test_nan_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, capsys):
     err = fails([*SMALL, "--lr", "1e6", "--name", "nan"], tmp_path, monkeypatch, capsys)
     assert re.search(r"lap 1, step \d", err)
     checkpoint = diffem.load_checkpoint(tmp_path / "runs/nan")
-    assert checkpoint.state["lap"] == 0 and all(w.isfinite().all() for w in checkpoint.state["denoiser"].values())
+    assert checkpoint.state["lap"] == 0 and all(
+        w.isfinite().all() for w in checkpoint.state["denoiser"].values()
+    )
 
 
 def test_full_disk(tmp_path):

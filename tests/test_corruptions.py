@@ -9,7 +9,21 @@ from sklearn.datasets import load_sample_image
 
 import diffem
 import export
-from diffem import CORRUPTIONS, Block, Blur, Corruption, DiffEMError, Downsample, Jpeg, Linear, Mask, Noise, dct, inverse, transform
+from diffem import (
+    CORRUPTIONS,
+    Block,
+    Blur,
+    Corruption,
+    DiffEMError,
+    Downsample,
+    Jpeg,
+    Linear,
+    Mask,
+    Noise,
+    dct,
+    inverse,
+    transform,
+)
 
 
 def photo(height: int, width: int, name: str = "china.jpg") -> np.ndarray:
@@ -54,7 +68,9 @@ def test_contract_of_corruptions(name, generator):
     assert (y[:, :-1] * (1 - known) == 0).all()
     # what is observed differs from the forward map by noise of the stated size
     error = (y[:, :-1] - corruption.A(x)) * known
-    assert float((error.square().sum() / (3 * known.sum())).sqrt()) == pytest.approx(corruption.noise, rel=0.15)
+    assert float((error.square().sum() / (3 * known.sum())).sqrt()) == pytest.approx(
+        corruption.noise, rel=0.15
+    )
     # where nothing was observed, nothing is said
     nothing = torch.zeros_like(y)
     assert not corruption.precision(nothing).any() and not corruption.product(nothing).any()
@@ -76,7 +92,9 @@ def test_the_whole_images_dct_is_scipys(generator):
     from scipy.fft import dctn
 
     x = torch.randn(1, 1, 9, 12, generator=generator)
-    torch.testing.assert_close(transform(x, 0)[0, 0], torch.from_numpy(dctn(x[0, 0].numpy(), norm="ortho")), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        transform(x, 0)[0, 0], torch.from_numpy(dctn(x[0, 0].numpy(), norm="ortho")), atol=1e-5, rtol=1e-5
+    )
 
 
 def dense(corruption, shape, y):
@@ -98,11 +116,23 @@ def test_what_y_says_is_diagonal_in_the_corruptions_basis(corruption, channels, 
     y = corruption(torch.randn(1, *shape, generator=generator), generator)
     A, T = dense(corruption, shape, y)
     N = corruption.noise**2 * torch.eye(len(A), dtype=torch.float64)
-    if isinstance(corruption, Downsample):  # each mean's noise is repeated factor^2 times: N = s^2 R R^T, and A = R M
+    if isinstance(
+        corruption, Downsample
+    ):  # each mean's noise is repeated factor^2 times: N = s^2 R R^T, and A = R M
         N = corruption.noise**2 * 4 * A
     J = T @ A.T @ torch.linalg.pinv(N, hermitian=True)
-    torch.testing.assert_close(J @ A @ T.T, corruption.precision(y).flatten().double().diag(), atol=1e-4 / corruption.noise**2, rtol=1e-4)
-    torch.testing.assert_close((J @ y[0, :-1].flatten().double()), corruption.product(y).flatten().double(), atol=1e-4 / corruption.noise**2, rtol=1e-3)
+    torch.testing.assert_close(
+        J @ A @ T.T,
+        corruption.precision(y).flatten().double().diag(),
+        atol=1e-4 / corruption.noise**2,
+        rtol=1e-4,
+    )
+    torch.testing.assert_close(
+        (J @ y[0, :-1].flatten().double()),
+        corruption.product(y).flatten().double(),
+        atol=1e-4 / corruption.noise**2,
+        rtol=1e-3,
+    )
 
 
 @pytest.mark.parametrize("corruption", [Noise(), Blur()], ids=["noise", "blur"])
@@ -178,7 +208,9 @@ def test_what_y_says_is_measured_where_it_is_not_told(generator):
     tt = float(x.square().mean())
     w = 1 / (tt - (0.5 * tt) ** 2 / (0.25 * tt + 0.09)) - 1 / tt
     torch.testing.assert_close(corruption.precision(y), torch.full_like(y[:, :1], w), rtol=0.03, atol=0)
-    torch.testing.assert_close(corruption.product(y), y[:, :1] * (w + 1 / tt) * 0.5 * tt / (0.25 * tt + 0.09), rtol=0.03, atol=1e-3)
+    torch.testing.assert_close(
+        corruption.product(y), y[:, :1] * (w + 1 / tt) * 0.5 * tt / (0.25 * tt + 0.09), rtol=0.03, atol=1e-3
+    )
     y[0, :, 2:5] = 0
     assert not corruption.precision(y)[0, 0, 2:5].any() and corruption.precision(y)[0, 0, 5:].all()
 
@@ -204,4 +236,6 @@ def test_bad_parameters(make):
 
 
 def test_linear_corruptions_are_those_with_a_known_precision():
-    assert {name for name, cls in CORRUPTIONS.items() if issubclass(cls, Linear)} == CORRUPTIONS.keys() - {"jpeg"}
+    assert {name for name, cls in CORRUPTIONS.items() if issubclass(cls, Linear)} == CORRUPTIONS.keys() - {
+        "jpeg"
+    }

@@ -15,9 +15,26 @@ import diffem
 from diffem import Config, Gaussian, Mask
 
 ROOT = Path(__file__).parents[1]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--nproc-per-node=2",
+    "--rdzv-backend=c10d",
+    "--rdzv-endpoint=localhost:0",
+]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-CONFIG = dict(channels=(8, 8), blocks=1, laps=2, steps=12, batch=8, sample_steps=3, start_laps=2, start_rank=4, precision="float32")
+CONFIG = dict(
+    channels=(8, 8),
+    blocks=1,
+    laps=2,
+    steps=12,
+    batch=8,
+    sample_steps=3,
+    start_laps=2,
+    start_rank=4,
+    precision="float32",
+)
 
 TRAIN = f"""
 import os, sys, torch
@@ -40,7 +57,9 @@ def test_two_processes_train_as_one_with_the_same_batches(tmp_path, monkeypatch)
     y = Mask(0.5)(x0, torch.Generator().manual_seed(1))
     torch.save(y, tmp_path / "y.pt")
     (tmp_path / "train.py").write_text(TRAIN)
-    subprocess.run([*TORCHRUN, "train.py"], cwd=tmp_path, env=ENVIRONMENT, check=True, timeout=300, capture_output=True)
+    subprocess.run(
+        [*TORCHRUN, "train.py"], cwd=tmp_path, env=ENVIRONMENT, check=True, timeout=300, capture_output=True
+    )
     results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
     assert torch.equal(results[0][1], results[1][1])
 
@@ -51,9 +70,14 @@ def test_two_processes_train_as_one_with_the_same_batches(tmp_path, monkeypatch)
         generator = diffem.generator_for("cpu", 0, 0, 1, rank)
         x0.append(diffem.fit_start(part, corruption, config, generator).draw(part, corruption, generator))
         if rank == 0:  # the first process's Gaussian is that of all
-            gaussian = Gaussian([1, 8, 8], power=1.0).fit(diffem.random_images(x0[0], 4096, generator), generator)
+            gaussian = Gaussian([1, 8, 8], power=1.0).fit(
+                diffem.random_images(x0[0], 4096, generator), generator
+            )
     genuine = diffem.optimise
-    state, losses = diffem.new_state(x0[0], diffem.new_denoiser(gaussian, corruption, config, "cpu"), config), []
+    state, losses = (
+        diffem.new_state(x0[0], diffem.new_denoiser(gaussian, corruption, config, "cpu"), config),
+        [],
+    )
     monkeypatch.setattr(diffem, "optimise", lambda state, loss, config: parts_of_the_loss.append(loss))
     for state.lap in (1, 2):
         for state.step in range(config.steps):
@@ -77,26 +101,45 @@ FLAGS = "--channels 8 8 --blocks 1 --batch 8 --held-out 8 --num-samples 2 --samp
 
 def test_a_run_of_two_processes_prints_once_and_goes_on_in_one(tmp_path):
     command = [str(ROOT / "diffem.py"), *FLAGS.split(), "--laps", "1", "--steps", "20"]
-    done = subprocess.run([*TORCHRUN, *command], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*TORCHRUN, *command], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("lap 1/1") == done.stdout.count("101 observations") == done.stdout.count("2 processes on cpu") == 1
+    assert (
+        done.stdout.count("lap 1/1")
+        == done.stdout.count("101 observations")
+        == done.stdout.count("2 processes on cpu")
+        == 1
+    )
     checkpoint = diffem.load_checkpoint(tmp_path / "runs/two")
     assert len(checkpoint.state["x0"]) == checkpoint.state["drawn"] == 101
     command = [sys.executable, str(ROOT / "diffem.py"), "--resume", "runs/two", "--laps", "2"]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert [json.loads(line)["lap"] for line in (tmp_path / "runs/two/metrics.jsonl").read_text().splitlines()] == [0, 1, 2]
+    assert [
+        json.loads(line)["lap"] for line in (tmp_path / "runs/two/metrics.jsonl").read_text().splitlines()
+    ] == [0, 1, 2]
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the processes in /proc")
 def test_a_dead_process_ends_the_run_and_leaves_the_checkpoint_whole(tmp_path):
     command = [*TORCHRUN, str(ROOT / "diffem.py"), *FLAGS.split(), "--laps", "100", "--steps", "20"]
-    with subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as run:
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as run:
         deadline = time.monotonic() + 120
-        while not (tmp_path / "runs/two/lap_01.png").exists() and time.monotonic() < deadline and run.poll() is None:
+        while (
+            not (tmp_path / "runs/two/lap_01.png").exists()
+            and time.monotonic() < deadline
+            and run.poll() is None
+        ):
             time.sleep(0.2)
-        children = (int(child) for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split())
-        second = next(child for child in children if b"RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes())
+        children = (
+            int(child) for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        )
+        second = next(
+            child for child in children if b"RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes()
+        )
         os.kill(second, signal.SIGKILL)
         _, errors = run.communicate(timeout=120)
     assert run.returncode != 0

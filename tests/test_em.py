@@ -4,14 +4,27 @@ import math
 import pickle
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import diffem
 from diffem import (
-    Config, Denoiser, DiffEMError, Gaussian, Mask, Settings, accuracy, em, fit, load, load_checkpoint, new_denoiser, new_state, psnr,
-    restore_state, save_checkpoint,
+    Config,
+    Denoiser,
+    DiffEMError,
+    Gaussian,
+    Mask,
+    Settings,
+    accuracy,
+    em,
+    fit,
+    load,
+    load_checkpoint,
+    new_denoiser,
+    new_state,
+    psnr,
+    restore_state,
+    save_checkpoint,
 )  # fmt: skip
 
 TINY = dict(
@@ -21,7 +34,9 @@ TINY = dict(
 
 def images(number=40):
     x0 = torch.nn.functional.interpolate(
-        torch.rand(number, 1, 3, 3, generator=torch.Generator().manual_seed(5)) * 4 - 2, size=(8, 8), mode="bilinear"
+        torch.rand(number, 1, 3, 3, generator=torch.Generator().manual_seed(5)) * 4 - 2,
+        size=(8, 8),
+        mode="bilinear",
     )
     return x0, Mask(0.5)(x0, torch.Generator().manual_seed(6))
 
@@ -54,13 +69,23 @@ def test_the_first_e_steps_take_fewer_evaluations(monkeypatch):
     _, y = images()
     config, taken = Config(**TINY | dict(laps=8, steps=1, sample_steps=16, first_sample_steps=4)), []
     genuine = Denoiser.sample
-    monkeypatch.setattr(Denoiser, "sample", lambda m, y, steps, *rest: taken.append(steps) or genuine(m, y, steps, *rest))
+    monkeypatch.setattr(
+        Denoiser, "sample", lambda m, y, steps, *rest: taken.append(steps) or genuine(m, y, steps, *rest)
+    )
     for _ in em(y, Mask(0.5), config):
         pass
     assert taken[::3] == [4, 6, 8, 11, 16, 16, 16, 16]  # 4 * 4^(lap / 4), in three batches each
-    samplers = [Config(laps=4, sample_steps=4, first_sample_steps=first).e_step_sampler(lap)[0] for first in (0, 9) for lap in (1, 2, 3)]
+    samplers = [
+        Config(laps=4, sample_steps=4, first_sample_steps=first).e_step_sampler(lap)[0]
+        for first in (0, 9)
+        for lap in (1, 2, 3)
+    ]
     assert samplers == [4, 4, 4, 9, 9, 4]
-    methods = [Config(laps=laps, first_method="ddim").e_step_sampler(lap)[1] for laps in (1, 2, 5) for lap in range(1, laps + 1)]
+    methods = [
+        Config(laps=laps, first_method="ddim").e_step_sampler(lap)[1]
+        for laps in (1, 2, 5)
+        for lap in range(1, laps + 1)
+    ]
     assert methods == ["sde2m", "ddim", "sde2m", "ddim", "ddim", "sde2m", "sde2m", "sde2m"]
     with pytest.raises(DiffEMError, match="first-sample-steps"):
         Config(first_sample_steps=-1)
@@ -101,10 +126,14 @@ def test_a_lap_starts_from_the_averaged_weights():
     averages = []
     for state in em(y, Mask(0.5), Config(**TINY, lr=1e-12)):
         averages.append(weights(state.model))
-    torch.testing.assert_close(averages[0], averages[-1], atol=1e-8, rtol=0)  # nothing is reset but the optimiser
+    torch.testing.assert_close(
+        averages[0], averages[-1], atol=1e-8, rtol=0
+    )  # nothing is reset but the optimiser
 
 
-@pytest.mark.parametrize("stop_at", [1, 4, 8, 9, 13])  # lap 0, within an M-step, within an E-step, between two laps
+@pytest.mark.parametrize(
+    "stop_at", [1, 4, 8, 9, 13]
+)  # lap 0, within an M-step, within an E-step, between two laps
 def test_resumed_equals_uninterrupted(stop_at, tmp_path):
     _, y = images()
     settings = Settings(**TINY)
@@ -128,7 +157,9 @@ def test_save_and_load_give_equal_outputs(tmp_path):
     for state in em(y, Mask(0.5), settings):
         pass
     save_checkpoint(tmp_path, state, settings)
-    first, second = (m.sample(y, 4, "ddpm", torch.Generator().manual_seed(0)) for m in (state.model, load(tmp_path)))
+    first, second = (
+        m.sample(y, 4, "ddpm", torch.Generator().manual_seed(0)) for m in (state.model, load(tmp_path))
+    )
     assert torch.equal(first, second)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
@@ -204,7 +235,9 @@ def test_crops_lie_anywhere_and_smaller_copies_keep_the_mean(generator):
     crops = diffem.augment(x0, Config(crop=5), generator)
     assert crops.shape == (500, 2, 5, 5)
     corner = crops[:, 0, 0, 0]
-    assert len(corner.unique()) == 16 and torch.equal(crops[:, 0] - corner.view(-1, 1, 1), (x0[:, 0, :5, :5] - x0[:, 0, :1, :1]))
+    assert len(corner.unique()) == 16 and torch.equal(
+        crops[:, 0] - corner.view(-1, 1, 1), (x0[:, 0, :5, :5] - x0[:, 0, :1, :1])
+    )
     smooth = Gaussian([3, 16, 16], power=4.0).sample(50, generator)
     sizes = set()
     for _ in range(30):
@@ -233,5 +266,7 @@ def test_residual_and_spread_of_the_true_posterior(generator):
     error = (x.mean(0) - x0).square().mean()
     assert metrics["spread"] == pytest.approx(float((error / (1 + 1 / 8)).sqrt()), rel=0.03)
     assert 0.8 < metrics["residual"] < 1.05
-    assert metrics["psnr_mean"] == pytest.approx(psnr(x.mean(0), x0)) and metrics["psnr"] < metrics["psnr_mean"]
+    assert (
+        metrics["psnr_mean"] == pytest.approx(psnr(x.mean(0), x0)) and metrics["psnr"] < metrics["psnr_mean"]
+    )
     assert accuracy(x, y, None, corruption).keys() == {"residual", "spread"}

@@ -35,15 +35,8 @@ def experiment(tmp_path):
     def run(name: str, settings: dict, *flags) -> list[list[dict]]:
         script = ROOT / "tests/experiments" / f"{name}.py"
         command = [sys.executable, script, "--settings", json.dumps(settings), *flags]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [str(word) for word in command],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        how = dict(env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+        done = subprocess.run([str(word) for word in command], cwd=tmp_path, **how)
         assert done.returncode == 0, done.stderr
         saved = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
         tables = [printed(text) for text in done.stdout.split("\n**")[1:]]
@@ -80,7 +73,8 @@ def test_restore(flags, classes, experiment):
 
 def test_peers(classes, experiment):
     settings = {key: value for key, value in SMALL.items() if key in ("steps", "channels", "blocks", "batch")}
-    (rows,) = experiment("peers", settings, *classes, "--seconds", 1, "--corruptions", "mask 0.5", "jpeg 10")
+    flags = ["--corruptions", "mask 0.5", "jpeg 10", "--seconds", 1, "--evaluations", 4, 8]
+    (rows,) = experiment("peers", settings, *classes, *flags)
     names = [(row["corruption"], row["method"]) for row in rows]
     masked = [("mask 0.5", method) for method in ("DiffEM", "EM-MMPS", "Ambient")]
     assert names == [*masked, ("jpeg 10", "DiffEM")]

@@ -40,10 +40,14 @@ sys.exit(export.main(["restore", *sys.argv[1:]]))
 
 def make_run(folder, shape, corruption="mask", parameters=None, **config):
     """A run folder whose model has left its start, where the last layer is 0."""
-    small = dict(channels=(8, 16), blocks=1, batch=4, steps=1, method="ddpm", sample_steps=5, dataset="folder")
+    small = dict(
+        channels=(8, 16), blocks=1, batch=4, steps=1, method="ddpm", sample_steps=5, dataset="folder"
+    )
     config = small | config
     kind = diffem.CORRUPTIONS[corruption]
-    settings = diffem.Settings(corruption=corruption, parameters=diffem.parameters_of(kind) | (parameters or {}), **config)
+    settings = diffem.Settings(
+        corruption=corruption, parameters=diffem.parameters_of(kind) | (parameters or {}), **config
+    )
     generator = torch.Generator().manual_seed(0)
     x0 = torch.randn(4, *shape, generator=generator)
     corruption, gaussian = kind(**settings.parameters), diffem.Gaussian(list(shape), power=3.0)
@@ -70,7 +74,9 @@ def run(tmp_path_factory):
     done = python(ROOT / "export.py", folder, cwd=folder.parent)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 2 and all(re.search(r"MB, largest error against PyTorch \d\.\de[-+]\d\d$", line) for line in lines)
+    assert len(lines) == 2 and all(
+        re.search(r"MB, largest error against PyTorch \d\.\de[-+]\d\d$", line) for line in lines
+    )
     assert {path.name for path in folder.iterdir()} == {"checkpoint.pt", "model.ts.pt", "model.onnx"}
     return folder
 
@@ -95,7 +101,9 @@ def eager_sample(model, y, steps, method, seeds):
     shape = (y.shape[1] - 1, *y.shape[2:])
 
     def draw():
-        return torch.from_numpy(np.stack([generator.standard_normal(shape, np.float32) for generator in generators]))
+        return torch.from_numpy(
+            np.stack([generator.standard_normal(shape, np.float32) for generator in generators])
+        )
 
     xt = model.sigma_max * draw()
     previous = torch.zeros_like(xt)
@@ -109,7 +117,9 @@ def eager_sample(model, y, steps, method, seeds):
 # ---- The files against the eager model
 
 
-@pytest.mark.parametrize("batch, height, width", [(1, 16, 16), (5, 16, 16), (2, 21, 34), (3, 4, 7), (1, 1, 1)])
+@pytest.mark.parametrize(
+    "batch, height, width", [(1, 16, 16), (5, 16, 16), (2, 21, 34), (3, 4, 7), (1, 1, 1)]
+)
 def test_onnx_equals_eager(run, restorer, batch, height, width, generator):
     model = diffem.load(run)
     x, previous, noise = torch.randn(3, batch, 3, height, width, generator=generator)
@@ -123,7 +133,9 @@ def test_onnx_equals_eager(run, restorer, batch, height, width, generator):
     xs, estimate = restorer.session.run(["xs", "x0"], {name: value.numpy() for name, value in inputs.items()})
     assert x0.std() > 0.1
     torch.testing.assert_close(torch.from_numpy(estimate), x0, atol=1e-4, rtol=0)
-    torch.testing.assert_close(torch.from_numpy(xs), a * xt + b * x0 + c * previous + d * noise, atol=2e-4, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.from_numpy(xs), a * xt + b * x0 + c * previous + d * noise, atol=2e-4, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim", "sde2m", "dpm2m"])
@@ -184,7 +196,9 @@ except Exception as error:
 
 def test_the_onnx_file(run, restorer):
     content = (run / "model.onnx").read_bytes()
-    assert not re.search(rb"\.py|site-packages|" + str(run).encode(), content)  # nothing of the machine it was made on
+    assert not re.search(
+        rb"\.py|site-packages|" + str(run).encode(), content
+    )  # nothing of the machine it was made on
     model = onnx.load(run / "model.onnx")
     onnx.checker.check_model(model)
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 20)]
@@ -193,7 +207,14 @@ def test_the_onnx_file(run, restorer):
         sizes = [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
         expected = dict(sigma=["batch"], coefficients=[4], y=["batch", 4, "height", "width"])
         assert sizes == expected.get(value.name, ["batch", 3, "height", "width"])
-    assert [value.name for value in model.graph.input] == ["xt", "sigma", "y", "coefficients", "x0_previous", "noise"]
+    assert [value.name for value in model.graph.input] == [
+        "xt",
+        "sigma",
+        "y",
+        "coefficients",
+        "x0_previous",
+        "noise",
+    ]
     assert [value.name for value in model.graph.output] == ["xs", "x0"]
     recorded = {entry.key: json.loads(entry.value) for entry in model.metadata_props if entry.key != "sha256"}
     assert recorded == restorer.metadata
@@ -259,7 +280,9 @@ def test_a_file_that_differs_from_the_model_is_not_kept(run, tmp_path, monkeypat
 
     monkeypatch.setattr(export, "onnx_step", broken)
     assert export.main([str(other)]) == 2
-    assert re.fullmatch(r"export: model.onnx differs from PyTorch by 0\.0\d+, more than 0.0001: .*\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"export: model.onnx differs from PyTorch by 0\.0\d+, more than 0.0001: .*\n", capsys.readouterr().err
+    )
     assert {path.name for path in other.iterdir()} == {"checkpoint.pt", "model.ts.pt", "model.onnx"}
     for name in ("model.onnx", "model.ts.pt"):  # what was there before
         assert (other / name).read_bytes() == (run / name).read_bytes()
@@ -271,7 +294,9 @@ def test_a_file_that_differs_from_the_model_is_not_kept(run, tmp_path, monkeypat
 def test_downsampled_images_grow(tmp_path):
     restorer = exported(make_run(tmp_path / "run", (1, 8, 8), "downsample", dict(factor=2)))
     Image.fromarray(np.arange(30, dtype=np.uint8).reshape(5, 6)).save(tmp_path / "small.png")
-    done = python("-c", RESTORE, tmp_path / "run/model.onnx", "small.png", "-o", "out", "--samples", 2, cwd=tmp_path)
+    done = python(
+        "-c", RESTORE, tmp_path / "run/model.onnx", "small.png", "-o", "out", "--samples", 2, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     x = np.kron(np.arange(30).reshape(5, 6), np.ones((2, 2))) * (4 / 255) - 2
     y = np.stack([x, np.ones_like(x)])[None].astype(np.float32)
@@ -296,7 +321,11 @@ def test_a_corruption_of_ones_own(tmp_path, monkeypatch, capsys):
     assert "saturate" in capsys.readouterr().err
     export.export(str(folder), corruption=Saturate(1.0))
     metadata = Restorer(folder / "model.onnx", "cpu", threads=1).metadata
-    assert metadata["corruption"] == "saturate" and metadata["parameters"] == {"limit_at": 1.0} and not metadata["masks"]
+    assert (
+        metadata["corruption"] == "saturate"
+        and metadata["parameters"] == {"limit_at": 1.0}
+        and not metadata["masks"]
+    )
 
 
 @pytest.mark.parametrize("name", sorted(diffem.CORRUPTIONS))
@@ -311,10 +340,14 @@ def test_exported_files_equal_eager_for_every_corruption(name, tmp_path):
         y[1] = 0
         with torch.no_grad():
             expected = denoiser(x, sigma, y)
-        torch.testing.assert_close(torch.jit.load(folder / "model.ts.pt")(x, sigma, y), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            torch.jit.load(folder / "model.ts.pt")(x, sigma, y), expected, atol=1e-5, rtol=1e-5
+        )
         inputs = dict(xt=x, sigma=sigma, y=y, coefficients=torch.ones(4), x0_previous=x, noise=x)
         (x0,) = restorer.session.run(["x0"], {name: value.numpy() for name, value in inputs.items()})
-        torch.testing.assert_close(torch.from_numpy(x0), expected, atol=5e-4, rtol=1e-3)  # a thirtieth of a grey level
+        torch.testing.assert_close(
+            torch.from_numpy(x0), expected, atol=5e-4, rtol=1e-3
+        )  # a thirtieth of a grey level
 
 
 # ---- Restoring image files
@@ -326,7 +359,9 @@ def pictures(tmp_path):
     (tmp_path / "in/more").mkdir(parents=True)
     for i, (name, height, width) in enumerate([("a", 9, 14), ("b", 16, 16), ("more/c", 16, 16)]):
         y = observations((1, 3, height, width), seed=i)[0].transpose(1, 2, 0)
-        pixels = np.random.default_rng(i).integers(0, 256, y.shape).astype(np.uint8)  # a missing pixel's colours: anything
+        pixels = (
+            np.random.default_rng(i).integers(0, 256, y.shape).astype(np.uint8)
+        )  # a missing pixel's colours: anything
         known = y[..., -1:] == 1
         pixels = np.where(known, np.round((y + 2) * (255 / 4)).astype(np.uint8), pixels)
         pixels[..., -1] = 255 * known[..., 0]
@@ -341,7 +376,9 @@ def read(path) -> np.ndarray:
 def test_restore_without_pytorch(run, restorer, pictures):
     code = "--samples 3 --steps 4 --method ddim --seed 7".split()
     done = python("-c", RESTORE, run / "model.onnx", "in", "-o", "out", *code, cwd=pictures)
-    assert done.returncode == 0 and re.fullmatch(r"(on the CPU: .*\n)?", done.stderr), done.stderr  # no bar: no terminal
+    assert done.returncode == 0 and re.fullmatch(r"(on the CPU: .*\n)?", done.stderr), (
+        done.stderr
+    )  # no bar: no terminal
     names = {str(path.relative_to(pictures / "out")) for path in (pictures / "out").rglob("*.png")}
     kinds = ["sample1", "sample2", "sample3", "mean", "std"]
     assert names == {f"{name}_{kind}.png" for name in ("a", "b", "more/c") for kind in kinds}
@@ -377,7 +414,11 @@ def test_masks_in_files_of_their_own(run, pictures):
         image = Image.open(pictures / f"in/{name}.png")
         image.convert("RGB").save(pictures / f"plain/{name}.bmp")
         image.getchannel("A").save(pictures / f"masks/{name}.png")
-    commands = {"out": ["in"], "folder": ["plain", "--mask", "masks"], "file": ["plain/a.bmp", "--mask", "masks/a.png"]}
+    commands = {
+        "out": ["in"],
+        "folder": ["plain", "--mask", "masks"],
+        "file": ["plain/a.bmp", "--mask", "masks/a.png"],
+    }
     for out, arguments in commands.items():
         done = python("-c", RESTORE, run / "model.onnx", *arguments, "-o", out, "--samples", 1, cwd=pictures)
         assert done.returncode == 0, done.stderr
@@ -435,7 +476,10 @@ def test_bad_models(run, pictures, monkeypatch, capsys):
         "alien": (alien.SerializeToString(), "not a model written by export.py"),
         "checkpoint": ((run / "checkpoint.pt").read_bytes(), "not a model written by export.py"),
         "truncated": (content[: len(content) // 2], "not a whole one"),
-        "bit": (content[: weights - 9] + bytes([content[weights - 9] ^ 1]) + content[weights - 8 :], "sha256"),
+        "bit": (
+            content[: weights - 9] + bytes([content[weights - 9] ^ 1]) + content[weights - 8 :],
+            "sha256",
+        ),
         "format": (rewritten(content, "format", 1), "has format 1, this export.py reads format 2"),
     }
     for name, (content, message) in files.items():
@@ -469,7 +513,9 @@ def test_bad_pictures(run, pictures, monkeypatch, capsys):
         ("in/a.png --seed x", "--seed"),
         ("", "required"),
     ]:
-        assert message in fails(capsys, "restore", run / "model.onnx", "--device=cpu", *arguments.split()), arguments
+        assert message in fails(capsys, "restore", run / "model.onnx", "--device=cpu", *arguments.split()), (
+            arguments
+        )
 
 
 def test_pictures_that_the_model_cannot_take(tmp_path, monkeypatch, capsys):
@@ -478,9 +524,16 @@ def test_pictures_that_the_model_cannot_take(tmp_path, monkeypatch, capsys):
     Image.new("L", (1, 9)).save("thin.png")
     Image.new("LA", (8, 8)).save("holes.png")
     Image.new("L", (8, 8)).save("plain.png")
-    for name, message in [("thin", "9x1 pixels: the model takes 2x2 or more"), ("holes", "no pixels may be missing")]:
-        assert message in fails(capsys, "restore", "run/model.onnx", f"{name}.png", "-o", "out", "--device", "cpu")
-    assert "no pixels may be" in fails(capsys, "restore", "run/model.onnx", "plain.png", "--mask", "plain.png", "--device", "cpu")
+    for name, message in [
+        ("thin", "9x1 pixels: the model takes 2x2 or more"),
+        ("holes", "no pixels may be missing"),
+    ]:
+        assert message in fails(
+            capsys, "restore", "run/model.onnx", f"{name}.png", "-o", "out", "--device", "cpu"
+        )
+    assert "no pixels may be" in fails(
+        capsys, "restore", "run/model.onnx", "plain.png", "--mask", "plain.png", "--device", "cpu"
+    )
     assert export.main(["restore", "run/model.onnx", "plain.png", "--device", "cpu"]) == 0
 
 
@@ -528,5 +581,7 @@ ctypes.CDLL = CDLL
 """
     cuda, auto = (python("-c", hidden + RESTORE, run / "model.onnx", "in/a.png", "--device", device, cwd=pictures)
                   for device in ("cuda", "auto"))  # fmt: skip
-    assert cuda.returncode == 2 and re.fullmatch(rf"export: cannot run on CUDA: .*{piece}.*\n", cuda.stderr), cuda.stderr
+    assert cuda.returncode == 2 and re.fullmatch(
+        rf"export: cannot run on CUDA: .*{piece}.*\n", cuda.stderr
+    ), cuda.stderr
     assert auto.returncode == 0 and re.fullmatch(rf"on the CPU: .*{piece}.*\n", auto.stderr), auto.stderr

@@ -33,20 +33,30 @@ def test_preconditioning_is_the_gaussian_posterior(sigma, generator):
     x0 = torch.randn(1, 4, generator=generator, dtype=torch.float64)
     y = corruption(x0.float(), generator).double()
     xt = x0 + sigma * torch.randn(x0.shape, generator=generator, dtype=torch.float64)
-    mean, root = VectorDenoiser(4, corruption, Config(channels=(8,))).posterior(xt, torch.full((1, 1), sigma).double(), y)
+    mean, root = VectorDenoiser(4, corruption, Config(channels=(8,))).posterior(
+        xt, torch.full((1, 1), sigma).double(), y
+    )
     A = y[0, :, :-1]
     C = torch.linalg.inv(torch.eye(4, dtype=torch.float64) * (1 + 1 / sigma**2) + A.T @ A / 0.05**2)
-    torch.testing.assert_close(mean[0], C @ (A.T @ y[0, :, -1] / 0.05**2 + xt[0] / sigma**2), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        mean[0], C @ (A.T @ y[0, :, -1] / 0.05**2 + xt[0] / sigma**2), atol=1e-6, rtol=1e-5
+    )
     torch.testing.assert_close(root[0] @ root[0].T, C, atol=1e-9, rtol=1e-6)
 
 
 def test_the_starts_draws_match_the_closed_form(generator):
-    gaussian, corruption = VectorGaussian(torch.randn(6, generator=generator), torch.randn(6, 4, generator=generator), 0.2), Projection(2, 0.1)
+    gaussian, corruption = (
+        VectorGaussian(torch.randn(6, generator=generator), torch.randn(6, 4, generator=generator), 0.2),
+        Projection(2, 0.1),
+    )
     y = corruption(gaussian.sample(1, generator), generator)
     x = gaussian.draw(y.expand(20_000, -1, -1), corruption, generator).double()
     A, Sigma = y[0, :, :-1].double(), (gaussian.U @ gaussian.U.T + 0.2 * torch.eye(6)).double()
     K = Sigma @ A.T @ torch.linalg.inv(A @ Sigma @ A.T + 0.01 * torch.eye(2))
-    mean, C = gaussian.mean.double() + K @ (y[0, :, -1].double() - A @ gaussian.mean.double()), Sigma - K @ A @ Sigma
+    mean, C = (
+        gaussian.mean.double() + K @ (y[0, :, -1].double() - A @ gaussian.mean.double()),
+        Sigma - K @ A @ Sigma,
+    )
     assert ((x.mean(0) - mean).abs() < 5 * (C.diag() / len(x)).sqrt() + 2e-3).all()
     assert ((torch.cov(x.T) - C).abs() < 0.05 * (C.diag()[:, None] * C.diag()).sqrt() + 2e-3).all()
 
@@ -68,14 +78,28 @@ def test_the_experiment_comes_nearer_to_the_curve(monkeypatch, capsys):
     ))  # fmt: skip
     import manifold as experiment
 
-    monkeypatch.setattr(experiment, "CONFIG", experiment.CONFIG | dict(channels=(64, 64), steps=300, batch=512))
-    monkeypatch.setattr(experiment, "observed_curve", lambda data, corruption, seed, genuine=experiment.observed_curve: genuine(data, corruption, seed, 2048))
+    monkeypatch.setattr(
+        experiment, "CONFIG", experiment.CONFIG | dict(channels=(64, 64), steps=300, batch=512)
+    )
+    monkeypatch.setattr(
+        experiment,
+        "observed_curve",
+        lambda data, corruption, seed, genuine=experiment.observed_curve: genuine(
+            data, corruption, seed, 2048
+        ),
+    )
     monkeypatch.setattr(sys, "argv", ["manifold.py", "--laps", "6", "--seconds", "300"])
     experiment.main()
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert rows[0]["lap"] == 0 and rows[-1]["transport"] < 0.7 * rows[0]["transport"] and rows[-1]["residual"] < 2
+    assert (
+        rows[0]["lap"] == 0
+        and rows[-1]["transport"] < 0.7 * rows[0]["transport"]
+        and rows[-1]["residual"] < 2
+    )
 
 
 def test_the_command_names_its_flags():
-    done = subprocess.run([sys.executable, ROOT / "tests/manifold.py", "--help"], capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/manifold.py", "--help"], capture_output=True, text=True, env=os.environ
+    )
     assert done.returncode == 0 and "--data" in done.stdout and "CPU-seconds" in done.stdout

@@ -9,8 +9,23 @@ from torch import nn
 
 import diffem
 from diffem import (
-    Block, Blur, Config, Corruption, Denoiser, Downsample, Gaussian, Jpeg, Mask, Noise, fit_start, inverse, m_step, new_denoiser,
-    new_state, random_noise_level, transform,
+    Block,
+    Blur,
+    Config,
+    Corruption,
+    Denoiser,
+    Downsample,
+    Gaussian,
+    Jpeg,
+    Mask,
+    Noise,
+    fit_start,
+    inverse,
+    m_step,
+    new_denoiser,
+    new_state,
+    random_noise_level,
+    transform,
 )  # fmt: skip
 
 
@@ -104,7 +119,10 @@ def test_exact_em_raises_the_likelihood_at_every_lap(generator):
 def smooth_gaussian(channels, generator, rank=0):
     """With another scale and power in each colour, and a mean."""
     gaussian = Gaussian([channels, 8, 8], rank, power=2.0)
-    gaussian.power, gaussian.scale = torch.linspace(1, 3, channels).view(-1, 1, 1), torch.linspace(9, 4, channels).view(-1, 1, 1)
+    gaussian.power, gaussian.scale = (
+        torch.linspace(1, 3, channels).view(-1, 1, 1),
+        torch.linspace(9, 4, channels).view(-1, 1, 1),
+    )
     gaussian.mean = gaussian.mean + torch.linspace(0.3, -0.2, channels).view(-1, 1, 1)
     if rank:
         U, S = torch.randn(channels * 64, rank, generator=generator), gaussian.spectrum(8, 8).view(-1, 1)
@@ -117,7 +135,9 @@ def smooth_gaussian(channels, generator, rank=0):
 def dense_gaussian(gaussian):
     """Mean and covariance of the flattened image, in float64."""
     C, d = gaussian.power.shape[0], gaussian.power.shape[0] * 64
-    T = transform(torch.eye(d).view(d, C, 8, 8), 0).flatten(1).T.double()  # its columns are the unit vectors' coefficients
+    T = (
+        transform(torch.eye(d).view(d, C, 8, 8), 0).flatten(1).T.double()
+    )  # its columns are the unit vectors' coefficients
     S = gaussian.spectrum(8, 8).flatten().double().diag() + (gaussian.U @ gaussian.U.T).double()
     return gaussian.mean.expand(C, 8, 8).flatten().double(), T.T @ S @ T
 
@@ -127,9 +147,14 @@ def dense_posterior(gaussian, corruption, y, xt=None, sigma=None):
     mean, Sigma = dense_gaussian(gaussian)
     d = len(mean)
     A = (corruption.A(torch.eye(d).view(d, -1, 8, 8)) * y[:, -1:]).flatten(1).T.double()
-    N = corruption.noise**2 * (4 * A if isinstance(corruption, Downsample) else torch.eye(d, dtype=torch.float64))
+    N = corruption.noise**2 * (
+        4 * A if isinstance(corruption, Downsample) else torch.eye(d, dtype=torch.float64)
+    )
     J = A.T @ torch.linalg.pinv(N, hermitian=True)
-    precision, h = torch.linalg.inv(Sigma) + J @ A, torch.linalg.solve(Sigma, mean) + J @ y[0, :-1].flatten().double()
+    precision, h = (
+        torch.linalg.inv(Sigma) + J @ A,
+        torch.linalg.solve(Sigma, mean) + J @ y[0, :-1].flatten().double(),
+    )
     if xt is not None:
         precision, h = precision + torch.eye(d) / sigma**2, h + xt.flatten().double() / sigma**2
     C = torch.linalg.inv(precision)
@@ -171,7 +196,9 @@ def test_the_denoiser_starts_as_the_gaussian_posterior(corruption, sigma, genera
     torch.testing.assert_close(blank[0].flatten().double(), nothing, atol=5e-3, rtol=1e-2)
     if isinstance(corruption, Jpeg):
         return
-    exact = torch.stack([dense_posterior(gaussian, corruption, y[i : i + 1], xt[i : i + 1], sigma)[0] for i in range(64)])
+    exact = torch.stack(
+        [dense_posterior(gaussian, corruption, y[i : i + 1], xt[i : i + 1], sigma)[0] for i in range(64)]
+    )
     if corruption.block == 0:
         torch.testing.assert_close(D.flatten(1).double(), exact, atol=5e-3, rtol=1e-2)
     best, ours = ((v - x0.flatten(1)).square().mean() for v in (exact, D.flatten(1)))
@@ -182,9 +209,17 @@ def test_the_scale_of_the_networks_output_is_that_of_the_error(generator):
     """E (T e)^2 / c = 1 for the exact posterior's error e: exactly where T is the basis of S, to a factor of 2 for masks."""
     gaussian = smooth_gaussian(3, generator)
     x0 = gaussian.sample(500, generator)
-    for corruption, tolerance in ((Blur(0.8, 0.1), 1.05), (Noise(0.3), 1.05), (Mask(0.75, 0.01), 2), (Block(0.5, 0.01), 2), (Downsample(2, 0.1), 2)):
+    for corruption, tolerance in (
+        (Blur(0.8, 0.1), 1.05),
+        (Noise(0.3), 1.05),
+        (Mask(0.75, 0.01), 2),
+        (Block(0.5, 0.01), 2),
+        (Downsample(2, 0.1), 2),
+    ):
         y = corruption(x0, generator)
-        t, c = gaussian.posterior(y, (corruption.precision(y), corruption.product(y)), gaussian.mean, corruption.block, 100)
+        t, c = gaussian.posterior(
+            y, (corruption.precision(y), corruption.product(y)), gaussian.mean, corruption.block, 100
+        )
         ratio = float(((t - corruption.T(x0)).square() / c).mean())
         assert 1 / tolerance < ratio < tolerance, (type(corruption), ratio)
 
@@ -208,7 +243,11 @@ def test_draws_agree_with_the_papers_blur(generator):
     y = corruption(x0, generator)
     x = gaussian.draw(y, corruption, generator)
     assert float((corruption.A(x) - y[:, :-1]).square().mean().sqrt()) == pytest.approx(1e-3, rel=0.1)
-    assert float((x - x0).square().mean()) < 2.2 * float((gaussian.draw(y, corruption, generator) - x).square().mean() / 2) < 0.05
+    assert (
+        float((x - x0).square().mean())
+        < 2.2 * float((gaussian.draw(y, corruption, generator) - x).square().mean() / 2)
+        < 0.05
+    )
 
 
 def test_fit_recovers_the_power_and_the_low_rank(generator):
@@ -225,7 +264,9 @@ def test_fit_recovers_the_power_and_the_low_rank(generator):
     Sigma = fitted.spectrum(8, 8).flatten().diag() + fitted.U @ fitted.U.T
     t = torch.randn(2, 1, 8, 8, generator=generator)
     S, one = fitted.spectrum(8, 8), torch.eye(8)
-    torch.testing.assert_close(fitted.precision(t, S, one, one).flatten(1) @ Sigma, t.flatten(1), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        fitted.precision(t, S, one, one).flatten(1) @ Sigma, t.flatten(1), atol=1e-3, rtol=1e-3
+    )
 
 
 def test_the_starts_em_finds_the_gaussian_of_the_data(generator):
@@ -269,14 +310,18 @@ def test_noise_levels(generator):
     torch.testing.assert_close(torch.stack(moments), torch.tensor([1 / 2, 1 / 28, 5 / 42]), atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("corruption", [Mask(0.5, 0.1), Blur(1.0, 0.1), Jpeg(20)], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(
+    "corruption", [Mask(0.5, 0.1), Blur(1.0, 0.1), Jpeg(20)], ids=lambda c: type(c).__name__
+)
 def test_preconditioning_and_loss_are_edms_where_that_is_asked_for(corruption, generator):
     """G = xt / (sigma^2 + 1), c = sigma^2 / (sigma^2 + 1), and the paper's lambda = 1 / sigma^2 + 1, whatever y says."""
     x0 = torch.randn(6, 3, 8, 8, generator=generator)
     gaussian = smooth_gaussian(3, generator)
     corruption.learn(x0, generator)
     y, sigma = corruption(x0, generator), torch.logspace(-2, 1, 6)
-    denoiser = new_denoiser(gaussian, corruption, Config(channels=(8, 8), preconditioning="edm", precision="float32"), "cpu")
+    denoiser = new_denoiser(
+        gaussian, corruption, Config(channels=(8, 8), preconditioning="edm", precision="float32"), "cpu"
+    )
     with torch.no_grad():
         for parameter in denoiser.network.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -286,7 +331,9 @@ def test_preconditioning_and_loss_are_edms_where_that_is_asked_for(corruption, g
         D = mean + s * (s**2 + 1).rsqrt() * denoiser.network(xt * (s**2 + 1).rsqrt(), mean, y, sigma.log())
         torch.testing.assert_close(denoiser(xt, sigma, y), D, atol=1e-4, rtol=1e-4)
         loss = (1 / sigma**2 + 1) * (D - x0).square().flatten(1).mean(1)
-        torch.testing.assert_close(denoiser.loss(x0, y, sigma, torch.Generator().manual_seed(1)), loss, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(
+            denoiser.loss(x0, y, sigma, torch.Generator().manual_seed(1)), loss, atol=1e-4, rtol=1e-3
+        )
 
 
 @pytest.mark.parametrize("sigma", [0.03, 1.0, 10.0])
@@ -304,7 +351,10 @@ def test_loss_of_an_untrained_denoiser_is_one(corruption, sigma, generator):
 @pytest.mark.parametrize("name", diffem.CORRUPTIONS)
 def test_the_m_step_creates_nothing_on_another_device(name, generator):
     """Under a default device "meta", what is made without a device cannot meet what is on the CPU."""
-    corruption, config = diffem.CORRUPTIONS[name](), Config(channels=(8, 8), batch=4, steps=1, flip=True, jitter=True, crop=8, rescale=True)
+    corruption, config = (
+        diffem.CORRUPTIONS[name](),
+        Config(channels=(8, 8), batch=4, steps=1, flip=True, jitter=True, crop=8, rescale=True),
+    )
     x0 = torch.randn(8, 3, 16, 16, generator=generator).clamp(-2, 2)
     if name == "downsample":
         config.rescale = False  # of sizes that 2 does not divide
@@ -327,7 +377,10 @@ def test_trained_denoiser_comes_close_to_the_exact_one(generator):
     x0 = draw(mean, covariance, 20_000, generator)
     config = Config(channels=(96, 96), batch=512, steps=700, lr=3e-3, ema=0.98, p_unconditional=0.0)
     torch.manual_seed(0)
-    state, untrained = new_state(x0, VectorDenoiser(3, corruption, config), config), VectorDenoiser(3, corruption, config)
+    state, untrained = (
+        new_state(x0, VectorDenoiser(3, corruption, config), config),
+        VectorDenoiser(3, corruption, config),
+    )
     for step in range(config.steps):
         m_step(state, config, diffem.generator_for("cpu", 0, 1, step))
     exact = ExactDenoiser(mean, covariance, corruption)
@@ -342,8 +395,16 @@ def test_trained_denoiser_comes_close_to_the_exact_one(generator):
 
 
 NETWORKS = [
-    ([3, 16, 16], Mask(), Config(channels=(16, 32), blocks=1, attention=(1,), dropout=0.1, precision="float32")),
-    ([1, 7, 5], Blur(0.5), Config(channels=(8, 8, 16), blocks=2, precision="float32")),  # sizes that do not halve evenly
+    (
+        [3, 16, 16],
+        Mask(),
+        Config(channels=(16, 32), blocks=1, attention=(1,), dropout=0.1, precision="float32"),
+    ),
+    (
+        [1, 7, 5],
+        Blur(0.5),
+        Config(channels=(8, 8, 16), blocks=2, precision="float32"),
+    ),  # sizes that do not halve evenly
     ([3, 12, 10], Jpeg(30, 2), Config(channels=(8, 8), precision="float32")),  # nor into blocks
 ]
 
@@ -365,7 +426,9 @@ def test_every_parameter_has_a_finite_gradient(shape, corruption, config, genera
     state, _, _ = trained(shape, corruption, config, generator)
     for name, parameter in state.denoiser.named_parameters():
         assert parameter.grad.isfinite().all(), name
-        assert (parameter.grad.reshape(len(parameter), -1).abs().sum(1) > 0).all(), name  # every row of it is in use
+        assert (parameter.grad.reshape(len(parameter), -1).abs().sum(1) > 0).all(), (
+            name
+        )  # every row of it is in use
 
 
 @pytest.mark.parametrize("shape, corruption, config", NETWORKS)
@@ -374,7 +437,9 @@ def test_batched_equals_single_and_scripted(shape, corruption, config, generator
     sigma = torch.logspace(-2, 1, len(x0))
     with torch.no_grad():
         batch = state.model(x0, sigma, y)
-        singles = torch.cat([state.model(x0[i : i + 1], sigma[i : i + 1], y[i : i + 1]) for i in range(len(x0))])
+        singles = torch.cat(
+            [state.model(x0[i : i + 1], sigma[i : i + 1], y[i : i + 1]) for i in range(len(x0))]
+        )
         scripted = torch.jit.script(state.model)(x0, sigma, y)
     torch.testing.assert_close(batch, singles, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(batch, scripted, atol=1e-6, rtol=1e-6)
@@ -402,14 +467,21 @@ def test_the_order_the_sign_and_the_mixture_of_rows_do_not_matter(generator):
     sigma = torch.logspace(-3, 1, len(x0))
     turn = torch.linalg.qr(torch.randn(2, 2, generator=generator)).Q
     with torch.no_grad():
-        torch.testing.assert_close(state.model(x0, sigma, turn @ y), state.model(x0, sigma, y), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            state.model(x0, sigma, turn @ y), state.model(x0, sigma, y), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_the_learning_rate_is_constant_and_then_falls(generator):
-    x0, config = torch.randn(8, 1, 8, 8, generator=generator), Config(channels=(8, 8), batch=2, laps=4, steps=4, lr=1e-3)
+    x0, config = (
+        torch.randn(8, 1, 8, 8, generator=generator),
+        Config(channels=(8, 8), batch=2, laps=4, steps=4, lr=1e-3),
+    )
     state, rates = new_state(x0, new_denoiser(Gaussian([1, 8, 8]), Mask(0.5), config, "cpu"), config), []
     for state.lap in (1, 2, 3, 4):
         for state.step in range(4):
             m_step(state, config, generator)
             rates.append(state.optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([1e-3] * 8 + [1e-3, 8.75e-4, 7.5e-4, 6.25e-4, 5e-4, 3.75e-4, 2.5e-4, 1.25e-4])
+    assert rates == pytest.approx(
+        [1e-3] * 8 + [1e-3, 8.75e-4, 7.5e-4, 6.25e-4, 5e-4, 3.75e-4, 2.5e-4, 1.25e-4]
+    )

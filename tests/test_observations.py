@@ -32,7 +32,9 @@ def read(settings):
 def pixels(number=40, channels=3):
     """Images of four squares of one colour, and masks of whole columns."""
     generator = np.random.default_rng(0)
-    values = np.kron(generator.integers(0, 256, (number, 2, 2, channels)), np.ones((1, 4, 4, 1))).astype(np.uint8)
+    values = np.kron(generator.integers(0, 256, (number, 2, 2, channels)), np.ones((1, 4, 4, 1))).astype(
+        np.uint8
+    )
     return values, np.repeat(generator.random((number, 1, 8)) < 0.6, 8, 1)
 
 
@@ -54,7 +56,10 @@ def test_transparent_pixels_nan_and_masks_say_the_same(tmp_path):
         np.save(tmp_path / "arrays" / f"{i:02d}.npy", np.where(k[..., None], value / 255, np.nan))
         Image.fromarray(value).save(tmp_path / "plain" / f"{i:02d}.png")
         Image.fromarray(255 * k.astype(np.uint8)).save(tmp_path / "masks" / f"{i:02d}.png")
-    x, k = torch.from_numpy(values).permute(0, 3, 1, 2) * (4 / 255) - 2, torch.from_numpy(known)[:, None].float()
+    x, k = (
+        torch.from_numpy(values).permute(0, 3, 1, 2) * (4 / 255) - 2,
+        torch.from_numpy(known)[:, None].float(),
+    )
     expected = torch.cat([x * k, k], 1)
     masks = dict(masks=str(tmp_path / "masks"))
     for folder, others in (("alpha", {}), ("arrays", {}), ("plain", masks)):
@@ -125,12 +130,24 @@ def test_from_a_folder_to_restored_pictures(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "runs/own/metrics.jsonl").read_text().splitlines()]
     assert [line["lap"] for line in lines] == [0, 1] and "psnr" not in lines[1] and lines[1]["residual"] < 5
     (tmp_path / "in").rename(tmp_path / "moved")
-    done = script(ROOT / "diffem.py", "--resume", "runs/own", "--laps", "2", "--observations", "moved", cwd=tmp_path)
+    done = script(
+        ROOT / "diffem.py", "--resume", "runs/own", "--laps", "2", "--observations", "moved", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     (tmp_path / "moved").rename(tmp_path / "in")
     done = script(ROOT / "export.py", "runs/own", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    done = script(ROOT / "export.py", "restore", "runs/own/model.onnx", "in", "--samples", "1", "--device", "cpu", cwd=tmp_path)
+    done = script(
+        ROOT / "export.py",
+        "restore",
+        "runs/own/model.onnx",
+        "in",
+        "--samples",
+        "1",
+        "--device",
+        "cpu",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "restored").glob("*_sample1.png"))) == 40
     assert {path: path.read_bytes() for path in (tmp_path / "in").iterdir()} == before
@@ -156,7 +173,11 @@ def make_opaque(folder):
         (None, "--dataset observations", "--observations FOLDER"),
         (None, "--dataset digits --observations in", "--observations FOLDER"),
         (None, "--masks in", "--masks is for"),
-        (lambda folder: np.save(folder / "x.npy", np.full((8, 8, 3), 200.0)), "--observations in", "x.npy .* from 0 to 1"),
+        (
+            lambda folder: np.save(folder / "x.npy", np.full((8, 8, 3), 200.0)),
+            "--observations in",
+            "x.npy .* from 0 to 1",
+        ),
     ],
 )
 def test_bad_observations(change, arguments, message, tmp_path, monkeypatch, capsys):

@@ -28,7 +28,9 @@ def test_frechet_distance_of_gaussians(generator):
     x = torch.randn(200_000, 3, generator=generator)
     scale, shift = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([0.0, 1.0, -2.0])
     # commuting covariances: |m - m0|^2 + |s - s0|^2
-    assert frechet_distance(x * scale + shift, torch.randn(200_000, 3, generator=generator)) == pytest.approx(6.25, rel=0.02)
+    assert frechet_distance(x * scale + shift, torch.randn(200_000, 3, generator=generator)) == pytest.approx(
+        6.25, rel=0.02
+    )
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-4)
 
 
@@ -56,7 +58,9 @@ def gaussian_state(corruption, generator):
 def test_scores_of_exact_draws_are_calibrated_and_the_best(corruption, generator):
     state, y, settings = gaussian_state(corruption, generator)
     exact = scores(state, y, settings)
-    assert exact["coverage_50"] == pytest.approx(0.5, abs=0.03) and exact["coverage_90"] == pytest.approx(0.9, abs=0.02)
+    assert exact["coverage_50"] == pytest.approx(0.5, abs=0.03) and exact["coverage_90"] == pytest.approx(
+        0.9, abs=0.02
+    )
     assert scores(state, y, settings) == exact  # the same noise for every lap
     start = state.start
     worse = {
@@ -81,7 +85,12 @@ def test_the_energy_score_is_that_of_its_definition(generator):
     state.denoiser.corruption.precision = lambda y: torch.zeros_like(y[:, :1])
     state.denoiser.corruption.product = lambda y: torch.zeros_like(y[:, :1])
     d = 64 / 5  # about that many are hidden: E|X - v| = E|X - X'| = sqrt(2) E|N(0, I_d)|
-    expected = 2**0.5 * (2**0.5 * torch.exp(torch.lgamma(torch.tensor((d + 1) / 2)) - torch.lgamma(torch.tensor(d / 2)))) / 2 / d**0.5
+    expected = (
+        2**0.5
+        * (2**0.5 * torch.exp(torch.lgamma(torch.tensor((d + 1) / 2)) - torch.lgamma(torch.tensor(d / 2))))
+        / 2
+        / d**0.5
+    )
     assert scores(state, y, settings)["energy"] == pytest.approx(float(expected), rel=0.04)
 
 
@@ -89,14 +98,18 @@ def test_jpeg_hides_whole_blocks(generator):
     corruption = Jpeg(30)
     y = corruption(torch.randn(60, 1, 16, 16, generator=generator).clamp(-2, 2), generator)
     rest = mask_patches(y, torch.full((60,), 0.5), corruption.patch, generator)
-    blocks = rest[:, -1].unflatten(1, (2, 8)).unflatten(3, (2, 8)).mean((2, 4))  # the fraction seen of each block
+    blocks = (
+        rest[:, -1].unflatten(1, (2, 8)).unflatten(3, (2, 8)).mean((2, 4))
+    )  # the fraction seen of each block
     assert set(blocks.unique().tolist()) == {0.0, 1.0}
 
 
 @pytest.mark.parametrize("energies, best, warns", [
     ([1, 0.9, 0.8, 0.7, 0.6], 5, False), ([1, 0.6, 0.5, 0.52, 0.52], 3, False), ([1, 0.5, 0.6, 0.7, 0.8], 2, True),
 ])  # fmt: skip
-def test_the_best_lap_is_kept_too_and_named_where_it_is_better(energies, best, warns, tmp_path, monkeypatch, capsys):
+def test_the_best_lap_is_kept_too_and_named_where_it_is_better(
+    energies, best, warns, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     weights = {}
 

@@ -1,10 +1,10 @@
 """DiffEM, EM-MMPS and Ambient at equal CPU-seconds:  python tests/experiments/peers.py --data-dir DIR
 
 The three have the same photographs, network, noise levels and start of EM, and as many CPU-seconds of
-training. Each restores held-out images by ddpm, 4 samples of each image with 16 evaluations and one with 64,
-and draws new images with 64. Frechet distances from the clean images are in the features of a small
-classifier. EM-MMPS needs a linear corruption, Ambient needs a mask. --data-dir: a folder for each class.
---seconds: CPU-seconds for each row.
+training. Each restores held-out images by ddpm: 4 samples of each image with the first number of
+--evaluations, and one with the second. It draws new images with the second. Frechet distances from the clean
+images are in the features of a small classifier. EM-MMPS needs a linear corruption, Ambient needs a mask.
+--data-dir: a folder for each class. --seconds: CPU-seconds for each row.
 """
 
 import argparse
@@ -54,20 +54,23 @@ def run(text: str, method: str, x0: Tensor, truth: Tensor, features, options: ar
     def draw(model, y: Tensor, steps: int) -> Tensor:
         return torch.cat([model.sample(part, steps, "ddpm", generator) for part in y.split(250)])
 
-    x = torch.stack([draw(restore, held_out, 16) for _ in range(4)])
+    few, many = options.evaluations
+    x = torch.stack([draw(restore, held_out, few) for _ in range(4)])
     speed = 4 * len(truth) / (time.process_time() - start)
-    fine, new = draw(restore, held_out, 64), draw(create, torch.zeros_like(held_out), 64)
+    fine, new = draw(restore, held_out, many), draw(create, torch.zeros_like(held_out), many)
     row = dict(corruption=text, method=method, lap=lap) | accuracy(x, held_out, truth, corruption)
     row |= dict(frechet=frechet(features, x[0], x0), frechet_new=frechet(features, new, x0))
-    row["psnr, 64 evaluations"] = diffem.psnr(fine, truth)
-    row["frechet, 64 evaluations"] = frechet(features, fine, x0)
+    row[f"psnr, {many} evaluations"] = diffem.psnr(fine, truth)
+    row[f"frechet, {many} evaluations"] = frechet(features, fine, x0)
     return row | {"samples a CPU-second": speed}
 
 
 def main() -> None:
     photographs = dict(data_dir="data", images=10_000, held_out=500)
     corruptions = ["mask 0.75", "mask 0.5", "blur 1.0", "jpeg 10"]
-    own = dict(corruptions=corruptions, methods=["DiffEM", "EM-MMPS", "Ambient"], seconds=1200)
+    own = dict(
+        corruptions=corruptions, methods=["DiffEM", "EM-MMPS", "Ambient"], seconds=1200, evaluations=[16, 64]
+    )
     options = table.parse(__doc__, **photographs, **own)
     x0, truth, classes = read_classes(options)
     features, rows = train_classifier(x0, classes), []
