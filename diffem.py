@@ -234,6 +234,7 @@ class Corruption(nn.Module):
     block = 1  # side of the blocks of T; 0: the whole image
     patch = 1  # side of the squares that are observed together
     masks = None  # (K, 1, H, W): observed masks, used in place of `mask`
+    rescale = False  # the default of --rescale for photographs: is the same detail lost in every image?
     limits = {}  # of the arguments by name: (low, high)
 
     def __init__(self, **parameters):
@@ -375,7 +376,7 @@ class Blur(Linear):
     eps. float32 is enough for s >= 1e-3, the paper's: w is at most 1e6, and where K all but removes a
     frequency, w and its error are small beside what the Gaussian knows. A smaller s counts as 1e-3 in w."""
 
-    block, limits = 0, dict(width=(0.01, 1e3), noise=(0, 1e3))
+    block, rescale, limits = 0, True, dict(width=(0.01, 1e3), noise=(0, 1e3))
 
     def __init__(self, width: float = 1.5, noise: float = 0.02):
         super().__init__(width=width, noise=noise)
@@ -396,7 +397,7 @@ class Blur(Linear):
 class Downsample(Linear):
     """Means of factor x factor pixels, with noise, each repeated to the image's size: y = R (M x + s eps)."""
 
-    limits = dict(factor=(1, 1e3), noise=(0, 1e3))
+    rescale, limits = True, dict(factor=(1, 1e3), noise=(0, 1e3))
 
     def __init__(self, factor: int = 2, noise: float = 0.01):
         super().__init__(factor=factor, noise=noise)
@@ -422,7 +423,7 @@ class Jpeg(Corruption):
     """JPEG as libjpeg writes and reads it, bit for bit: of `quality` 1 to 100, or by a file's quantisation
     tables, 64 numbers (grey) or 128. subsampling of colours: 0 is 4:4:4, 1 is 4:2:2, 2 is 4:2:0."""
 
-    block, patch, limits = 8, 8, dict(quality=(1, 100))
+    block, patch, rescale, limits = 8, 8, True, dict(quality=(1, 100))
     # The left half of libjpeg's DCT matrix, times 8192 sqrt(8), and its colour matrices, times 65536
     DCT = [[8192, 8192, 8192, 8192], [11363, 9633, 6437, 2260], [10703, 4433, -4433, -10703],
            [9633, -2259, -11362, -6436], [8192, -8192, -8192, 8192], [6437, -11362, 2261, 9633],
@@ -990,8 +991,8 @@ def first_state(y: Tensor, corruption: Corruption, config: Config, generator: to
 
 def m_step(state: State, config: Config, generator: torch.Generator) -> None:
     """One optimiser step on Eq. 10, the mean over a batch of reconstructions that are corrupted anew. With
-    probability p_unconditional y is replaced by 0. If the corruption hides no pixels, with the same probability
-    a random part of y is hidden, as the scores do."""
+    probability p_unconditional y is replaced by 0. If the corruption hides no pixels, with the same
+    probability a random part of y is hidden, as the scores do."""
     corruption, p, device = state.denoiser.corruption, config.p_unconditional, generator.device
     x0 = augment(random_images(state.x0, config.batch // ranks()[1], generator), config, generator)
     y = corruption(x0, generator)
@@ -1082,8 +1083,27 @@ def e_step(state: State, y: Tensor, config: Config, generator: torch.Generator) 
 
 # ---- Settings of a run, presets of the data sets -----------------------------------------------------------
 
-KINDS = ("small", "published")
-DATASETS = ("digits", "mnist", "fashion_mnist", "cifar10", "celeba", "folder", "observations")
+SMALL = dict(channels=(16, 32, 64), blocks=2, steps=1000, ema=0.995, laps=8, sample_batch=256)
+SMALL |= dict(start_rank=64, start_laps=16)
+PHOTOS = SMALL | dict(steps=500, flip=True, first_sample_steps=4, smoothness=3.0, start_laps=8)
+PAPER = dict(blocks=5, dropout=0.1, laps=20, steps=50_000, batch=256, ema=0.9999, flip=True, jitter=True)
+PAPER |= dict(method="ddpm", sample_steps=256, first_sample_steps=0, unconditional_steps=256)
+PAPER |= dict(sample_batch=1024, smoothness=3.0)
+CIFAR = dict(channels=(128, 256, 384), attention=(1,), lr=2e-4, start_rank=64)
+CELEBA = dict(channels=(128, 256, 384, 512), blocks=3, attention=(3,), lr=1e-4, start_rank=1024)
+# What each data set changes of the defaults, which are those of the digits
+PRESETS = {
+    ("digits", "small"): dict(parameters=dict(rate=0.5)),
+    ("mnist", "small"): SMALL | dict(limit=10_000),
+    ("fashion_mnist", "small"): SMALL | dict(limit=10_000, flip=True),
+    ("cifar10", "small"): PHOTOS | dict(limit=10_000),
+    ("cifar10", "published"): PAPER | CIFAR,
+    ("celeba", "small"): PHOTOS | dict(channels=(16, 32, 64, 128), limit=10_000, image_size=64),
+    ("celeba", "published"): PAPER | CELEBA | dict(sample_batch=512, image_size=64),
+    ("folder", "small"): PHOTOS,
+    ("observations", "small"): PHOTOS | dict(held_out=0),
+}
+DATASETS, KINDS = (tuple(dict.fromkeys(names)) for names in zip(*PRESETS))
 
 
 @dataclass
@@ -1121,29 +1141,6 @@ class Settings(Config):
             require(ok, f"--{name.replace('_', '-')} is for --dataset {' or '.join(places)}")
 
 
-SMALL = dict(channels=(16, 32, 64), blocks=2, steps=1000, ema=0.995, laps=8, sample_batch=256)
-SMALL |= dict(start_rank=64, start_laps=16)
-PHOTOS = SMALL | dict(steps=500, flip=True, first_sample_steps=4, smoothness=3.0, start_laps=8)
-UNIFORM = ("blur", "downsample", "jpeg")  # the same for all images: smaller copies show what they hide
-PAPER = dict(blocks=5, dropout=0.1, laps=20, steps=50_000, batch=256, ema=0.9999, flip=True, jitter=True)
-PAPER |= dict(method="ddpm", sample_steps=256, first_sample_steps=0, unconditional_steps=256)
-PAPER |= dict(sample_batch=1024, smoothness=3.0)
-CIFAR = dict(channels=(128, 256, 384), attention=(1,), lr=2e-4, start_rank=64)
-CELEBA = dict(channels=(128, 256, 384, 512), blocks=3, attention=(3,), lr=1e-4, start_rank=1024)
-# What each data set changes of the defaults, which are those of the digits
-PRESETS = {
-    ("digits", "small"): dict(parameters=dict(rate=0.5)),
-    ("mnist", "small"): SMALL | dict(limit=10_000),
-    ("fashion_mnist", "small"): SMALL | dict(limit=10_000, flip=True),
-    ("cifar10", "small"): PHOTOS | dict(limit=10_000),
-    ("cifar10", "published"): PAPER | CIFAR,
-    ("celeba", "small"): PHOTOS | dict(channels=(16, 32, 64, 128), limit=10_000, image_size=64),
-    ("celeba", "published"): PAPER | CELEBA | dict(sample_batch=512, image_size=64),
-    ("folder", "small"): PHOTOS,
-    ("observations", "small"): PHOTOS | dict(held_out=0),
-}
-
-
 # ---- Data -------------------------------------------------------------------------------------------------
 
 
@@ -1163,9 +1160,7 @@ def observe(settings: Settings, corruption: Corruption) -> Data:
         generator = generator_for("cpu", settings.seed, 0, 0)
         return Data(corruption(train, generator), corruption(test, generator), test)
     if isinstance(corruption, Downsample):
-        train, test = (
-            F.interpolate(y, scale_factor=corruption.factor, mode="nearest") for y in (train, test)
-        )
+        train, test = (F.interpolate(y, scale_factor=corruption.factor) for y in (train, test))  # nearest
     missing = bool((train[:, -1:] == 0).any())
     ok = missing or not isinstance(corruption, Mask)
     require(ok, f"no pixel is missing in {settings.observations}: give alpha, NaN or --masks")
@@ -1188,9 +1183,7 @@ def load_images(settings: Settings) -> tuple[Tensor, Tensor]:
             images = read_images([files[i] for i in few], settings)
         images = images[torch.randperm(len(images), generator=generator)]
         n = n or max(len(images) // 20, min(256, len(images) // 5))
-        require(
-            len(images) > n > 0, f"{len(images)} images are too few to hold out {n} (--held-out) and train"
-        )
+        require(len(images) > n > 0, f"{len(images)} images are too few to hold out {n} (--held-out)")
         train, test = images[n:], images[:n]
     else:
         train, test = torchvision_images(settings)
@@ -1208,13 +1201,10 @@ def torchvision_images(settings: Settings) -> tuple[Tensor, Tensor]:
         cifar10=("CIFAR10", "cifar-10-python.tar.gz"),
         celeba=("CelebA", "celeba/img_align_celeba.zip and, beside it, list_*.txt and identity_CelebA.txt"),
     )[name]
-    kinds = (
-        [dict(train=True), dict(train=False)]
-        if name != "celeba"
-        else [dict(split="train"), dict(split="test")]
-    )
+    flags = [dict(split="train"), dict(split="test")]
+    flags = flags if name == "celeba" else [dict(train=True), dict(train=False)]
     try:
-        parts = [getattr(datasets, source)(root, download=True, **kind) for kind in kinds]
+        parts = [getattr(datasets, source)(root, download=True, **flag) for flag in flags]
     except Exception as error:  # torchvision and gdown raise many classes
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DiffEMError(f"cannot download {name} ({reason}): put {files} into {root.resolve()}") from error
@@ -1279,6 +1269,14 @@ def frechet_distance(x: Tensor, x0: Tensor) -> float:
     (m, C), (m0, C0) = ((v.mean(0), torch.cov(v.T)) for v in (x.double(), x0.double()))
     root = torch.linalg.eigvals(C @ C0).real.clamp_min(0).sqrt().sum()
     return float((m - m0).square().sum() + C.trace() + C0.trace() - 2 * root)
+
+
+def draw_samples(state: State, y: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Posterior samples (num_samples, B, C, H, W) given y, and as many unconditional ones as y has rows."""
+    generator = generator_for(y.device, settings.seed, 0, 3)  # the same noise in every lap
+    how = settings.sample_steps, settings.method, generator
+    x = torch.stack([state.draw(y, *how) for _ in range(settings.num_samples)])
+    return x, state.draw(torch.zeros_like(y), settings.unconditional_steps, settings.method, generator)
 
 
 def accuracy(x: Tensor, y: Tensor, x0: Tensor | None, corruption: Corruption) -> dict:
@@ -1491,7 +1489,7 @@ def parse(argv: list[str]) -> Settings:
     name = values.setdefault("corruption", "mask")
     require(name in CORRUPTIONS, f"unknown corruption {name!r}: {', '.join(CORRUPTIONS)}")
     smooth = (PRESETS[key] | values).get("smoothness", 0) > 0
-    values = PRESETS[key] | dict(rescale=smooth and name in UNIFORM) | values
+    values = PRESETS[key] | dict(rescale=smooth and CORRUPTIONS[name].rescale) | values
     parameters = parameters_of(CORRUPTIONS[name])
     parameters |= {k: v for k, v in values.get("parameters", {}).items() if k in parameters}
 
@@ -1598,10 +1596,7 @@ def train(run: Run) -> int:
 def report(run: Run, state: State) -> str:
     """Measures a complete lap, for state.history, metrics.jsonl and a picture. Returns a line to print."""
     settings, folder, y = run.settings, run.folder, run.data.held_out
-    generator = generator_for(y.device, settings.seed, 0, 3)  # the same noise in every lap
-    how = settings.sample_steps, settings.method, generator
-    x = torch.stack([state.draw(y, *how) for _ in range(settings.num_samples)])  # (S, B, C, H, W)
-    new = state.draw(torch.zeros_like(y), settings.unconditional_steps, *how[1:])
+    x, new = draw_samples(state, y, settings)
     row = dict(lap=state.lap) | (dict(loss=float(state.losses.mean())) if state.lap else {})
     row |= accuracy(x, y, run.data.truth, run.corruption) | scores(state, y, settings)
     state.history.append({name: round(value, 5) for name, value in row.items()})

@@ -26,10 +26,7 @@ def accuracy(x: Tensor, y: Tensor, truth: Tensor, corruption: diffem.Corruption)
 
 def measure(state: diffem.State, y: Tensor, truth: Tensor, settings: diffem.Settings, distance) -> dict:
     """A row for a complete lap, by held-out observations y. distance: of images from the clean ones."""
-    generator = diffem.generator_for(y.device, settings.seed, 0, 3)  # the same noise in every lap
-    how = settings.sample_steps, settings.method, generator
-    x = torch.stack([state.draw(y, *how) for _ in range(settings.num_samples)])
-    new = state.draw(torch.zeros_like(y), settings.unconditional_steps, *how[1:])
+    x, new = diffem.draw_samples(state, y, settings)
     row = accuracy(x, y, truth, state.denoiser.corruption) | diffem.scores(state, y, settings)
     return row | dict(frechet=distance(x[0]), frechet_new=distance(new))
 
