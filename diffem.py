@@ -224,9 +224,9 @@ class Corruption(nn.Module):
     """The known law y ~ Q(. | x0): one object corrupts in the data set, the M-step and every metric.
 
     A subclass defines `A` if it is not the identity, `mask` if it hides pixels, `eps` if the noise is not
-    white. The arguments of its __init__ have defaults; they become flags, and attributes if passed on to this
-    one. What y says about x, w and h, is measured on draws of the start in the basis that `block` names, and
-    need not be exact. A subclass of `Linear` gives it by a formula instead.
+    white, `observe` if it depends on x. The arguments of its __init__ have defaults; they become flags, and
+    attributes if passed on to this one. What y says about x, w and h, is measured on draws of the start in
+    the basis that `block` names, and need not be exact. A subclass of `Linear` gives it by a formula instead.
     """
 
     __constants__ = ["noise", "block", "patch"]
@@ -291,7 +291,7 @@ class Corruption(nn.Module):
         (N, C, H, W), n = x.shape, max(1, self.block)
         require(min(H, W) >= n, f"images of {H}x{W} pixels are smaller than a block of {n}x{n}")
         x = x[..., : H // n * n, : W // n * n].clamp(-2, 2)
-        t, u = self.T(x), self.T(self.A(x) + self.noise * self.eps(x, generator))
+        t, u = self.T(x), self.T(self.observe(x, torch.ones_like(x[:, :1]), generator)[:, :-1])
         # The best linear estimate of t from u is  E[t u] / E[u^2] u,  and its error
         #     E[t^2] - E[t u]^2 / E[u^2] = 1 / (1 / E[t^2] + w)
         moments = [v.view(N, C, H // n, n, W // n, n).mean((0, 2, 4)) for v in (t * t, t * u, u * u)]
@@ -1115,6 +1115,7 @@ class Settings(Config):
         "", "folder of corrupted images; missing pixels are transparent or NaN (.npy)"
     )
     masks: str = setting("", "folder of images named like the observations, black where a pixel is missing")
+    invert_masks: bool = setting(False, "masks are white where a pixel is missing")
     preset: str = setting("small", "for a CPU, or the paper's network and schedule", choices=KINDS)
     data_dir: str = setting("data", "where data sets are stored; for folder: the images, at any depth")
     image_size: int = setting(0, "folder, celeba: crop to a central square and resize; 0: images as they are")
@@ -1135,7 +1136,8 @@ class Settings(Config):
         ok = (self.dataset == "observations") == bool(self.observations)
         require(ok, "--observations FOLDER is the data set, without another one")
         require(self.held_out > 0 or self.dataset in both, "--held-out must be at least 1")
-        own = dict(image_size=("folder", "celeba"), masks=both[1:], grey=both, skip_bad_images=both)
+        own = dict(image_size=("folder", "celeba"), masks=both[1:], invert_masks=both[1:], grey=both)
+        own |= dict(skip_bad_images=both)
         for name, places in own.items():
             ok = self.dataset in places or not getattr(self, name)
             require(ok, f"--{name.replace('_', '-')} is for --dataset {' or '.join(places)}")
@@ -1227,33 +1229,45 @@ def image_files(settings: Settings) -> list[Path]:
 
 
 def read_images(files: list[Path], settings: Settings) -> Tensor:
-    """Clean images (N, C, H, W), or observations with the mask as last channel."""
+    """Clean images (N, C, H, W), or observations with the mask as last channel. Prints what was
+    understood."""
     from PIL import ImageOps
     from torchvision.transforms.functional import center_crop
 
-    from export import find_mask, read_image
+    from export import find_mask, read_image, read_mask, summary
 
     def square(image):
         image = center_crop(image, 140) if settings.dataset == "celeba" else image
         return ImageOps.fit(image, (settings.image_size,) * 2, method=1)  # Lanczos
 
-    own, images, number = bool(settings.observations), torch.empty(0), 0
-    resize, channels = square if settings.image_size else None, 1 if settings.grey else 3
+    own, images, pictures = bool(settings.observations), torch.empty(0), []
+    resize, channels, mask = square if settings.image_size else None, 1 if settings.grey else 3, None
     for path in tqdm(files, desc="reading images", leave=False, disable=None):
         try:
-            mask = find_mask(path, settings.observations, settings.masks) if settings.masks else None
-            image = read_image(path, channels, mask, alpha=own, resize=resize)
+            if settings.masks:
+                mask = find_mask(path, settings.observations, settings.masks)
+                mask = read_mask(mask, settings.invert_masks)
+            picture = read_image(path, channels, mask, own, resize)
         except OSError as error:
             require(settings.skip_bad_images, f"{error}; --skip-bad-images leaves such images out")
             continue
-        images = images if number else torch.empty(len(files), *image.shape)
-        (H, W), (H0, W0) = image.shape[1:], images.shape[2:]
+        images = images if pictures else torch.empty(len(files), *picture.y.shape)
+        (H, W), (H0, W0) = picture.y.shape[1:], images.shape[2:]
         message = f"images of mixed sizes: {path} has {W}x{H} pixels, others {W0}x{H0}"
         require((H, W) == (H0, W0), message + "; --image-size N crops and resizes them" * (not own))
-        images[number] = torch.from_numpy(image)
-        number += 1
-    require(number > 0, "none of the images can be read")
-    return images[:number] if own else images[:number, :-1]
+        images[len(pictures)] = torch.from_numpy(picture.y)
+        picture.y = None  # the rest is for the line below
+        pictures.append(picture)
+    require(len(pictures) > 0, "none of the images can be read")
+    images = images[: len(pictures)]
+    missing = 1 - float(images[:, -1].mean())
+    require(missing < 1, f"every pixel is missing in {settings.observations}")
+    line = (
+        f"{summary(pictures)}, {len(files) - len(pictures)} left out, {W}x{H} pixels, {missing:.1%} missing"
+    )
+    hint = bool(settings.masks) and missing > 0.5 and not settings.invert_masks
+    print(line + "; if white pixels of the masks are the missing ones: --invert-masks" * hint)
+    return images if own else images[:, :-1]
 
 
 # ---- Metrics and pictures, of held-out observations -------------------------------------------------------
@@ -1541,9 +1555,10 @@ def prepare(settings: Settings) -> Run:
     folder = Path(settings.resume or Path("runs", settings.name or next(free)))
     taken = not settings.resume and (folder / "checkpoint.pt").exists()
     require(not taken, f"{folder} exists: choose another --name, or continue it by --resume {folder}")
-    given = ", ".join(
-        f"{name} {str(value)[:40]}" for name, value in settings.parameters.items() if value != ()
-    )
+    shown = {name: value for name, value in settings.parameters.items() if value != ()}
+    shown |= dict(quality="of the files", tables="of the files") if "tables" in shown else {}
+    shown |= {} if corruption.masks is None else dict(rate="of the observed masks")
+    given = ", ".join(f"{name} {value}" for name, value in shown.items())
     processes = f"{size} processes on " if size > 1 else ""
     print(f"{folder}: {number} observations, {settings.corruption} ({given}), {processes}{device}")
     return Run(settings, corruption, data, digest, device, folder)

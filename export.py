@@ -29,6 +29,7 @@ import os
 import re
 import sys
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +125,9 @@ def describe(denoiser, settings, half: bool) -> dict:
         corruption=settings.corruption,
         parameters=settings.parameters,
         masks=corruption.hides_pixels(),
-        exact=isinstance(corruption, Mask) and corruption.noise < 2 / 255,  # right to half a grey level
+        masked_noise=corruption.noise
+        if isinstance(corruption, Mask)
+        else 4.0,  # s of pixels that are observed
         multiple=2 ** (len(settings.channels) - 1),  # of the sides that the U-Net halves without a rest
     )
 
@@ -196,65 +199,145 @@ def export(folder: str, out: str = "", half: bool = False, best: bool = False, c
 
 # ---- Images on disk, as training and restoring read them: numpy and Pillow only ---------------------------
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+
+@dataclass
+class Picture:
+    """An image as it was read, and what is needed to write another like it."""
+
+    y: (
+        np.ndarray
+    )  # (C + 1, H, W): values from -2 to 2, then 1 where a pixel is observed; 0 where it is missing
+    levels: int  # 255 or 65535 for 8 or 16 bits; 1 for floating point
+    grey: bool = False
+    suffix: str = ".png"  # of what is written
+    soft: float = 0.0  # the fraction of half transparent pixels, which are missing
+    extra: dict = field(default_factory=dict)  # colour profile, resolution and EXIF, for Pillow's save
 
 
-def find_images(folder: Path, arrays: bool = False) -> list[Path]:
-    """The image files, and the .npy files if wanted, at any depth of a folder."""
-    suffixes = SUFFIXES | ({".npy"} if arrays else set())
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+def find_images(folder: Path, arrays: bool = False, ignore: Path | None = None) -> list[Path]:
+    """The image files, and the .npy files if wanted, at any depth of a folder. Hidden files, hidden folders,
+    folders `runs` and the folder `ignore` are left out; a linked folder is followed once."""
+    from PIL import Image
+
+    Image.init()
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    suffixes |= {".npy"} if arrays else set()
+    found, seen = [], {os.path.realpath(ignore)} if ignore else set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        new = os.path.realpath(root) not in seen
+        seen.add(os.path.realpath(root))
+        folders[:] = sorted(name for name in folders if new and name[0] != "." and name != "runs")
+        paths = (Path(root, name) for name in names if new and name[0] != ".")
+        found += [path for path in paths if path.suffix.lower() in suffixes and path.is_file()]
+    return sorted(found)
 
 
 def find_mask(path: Path, folder: str | Path, masks: str | Path) -> Path:
     """The image in `masks` named like an image in `folder`, with any ending."""
-    name = Path(masks) / path.relative_to(folder).with_suffix("")
-    files = [file for file in name.parent.glob("*") if file.stem == name.name]
-    require(len(files) == 1, f"{path}: {len(files)} masks {name}.*")
+    name = Path(masks) / path.relative_to(folder)
+    files = [file for file in name.parent.glob("*") if file.stem == name.stem and file.name[0] != "."]
+    require(len(files) == 1, f"{path}: {len(files)} masks {name.with_suffix('')}.*")
     return files[0]
 
 
-def read_image(path: Path, channels: int, mask=None, alpha: bool = True, resize=None) -> np.ndarray:
-    """y (channels + 1, H, W) of an image or .npy file: values from -2 to 2, then 1 where a pixel is observed;
-    both 0 where it is missing: transparent (if `alpha`), NaN, or black in the image `mask`. resize: of a
-    Pillow image."""
+def read_image(path: Path, channels: int, mask=None, alpha: bool = True, resize=None) -> Picture:
+    """An image or .npy file. Pixels are missing where it is transparent (if `alpha`) or NaN, and where `mask`
+    (H, W) is False. resize: a function of a Pillow image. Raises ExportError for what cannot be read without
+    a doubt."""
     try:
         if path.suffix.lower() == ".npy":
-            values = np.atleast_3d(np.load(path, allow_pickle=False)).astype(np.float32)
-            observed = np.isfinite(values).all(2, keepdims=True)
-            require(values.ndim == 3 and values.shape[2] == channels, f"an array {values.shape}")
-            require(((values >= 0) & (values <= 1) | ~observed).all(), "numbers must be from 0 to 1")
-            values = np.where(observed, values, 0)
+            values = np.atleast_3d(np.load(path, allow_pickle=False))
+            require(values.ndim == 3 and values.shape[2] == channels, f"it is an array {values.shape}")
+            picture = floating(values.astype(np.float32))
         else:
-            values = read_pixels(path, channels, resize)
-            observed = values[..., -1:] > 0 if alpha else np.ones_like(values[..., -1:])
-            values = values[..., :-1]
-        if mask:
-            from PIL import Image
-
-            with Image.open(mask) as file:
-                seen = np.asarray(file.convert("L"))[..., None] >= 128
-            (H, W), (h, w) = values.shape[:2], seen.shape[:2]
-            require((H, W) == (h, w), f"its mask {mask} has {w}x{h} pixels, not {W}x{H}")
-            observed = observed * seen
+            picture = read_pixels(path, channels, alpha, resize)
+        if mask is not None:
+            (H, W), (h, w) = picture.y.shape[1:], mask.shape
+            require((H, W) == (h, w), f"its mask has {w}x{h} pixels, not {W}x{H}")
+            picture.y *= mask
     except Exception as error:  # Pillow and numpy raise many classes
-        raise ExportError(f"{path} cannot be read as an image ({error})") from error
-    return np.concatenate([observed * (4 * values - 2), observed], 2, dtype=np.float32).transpose(2, 0, 1)
+        raise ExportError(f"{path} cannot be read as an image: {error}") from error
+    return picture
 
 
-def read_pixels(path: Path, channels: int, resize=None) -> np.ndarray:
-    """(H, W, channels + 1) from 0 to 1, the last one opacity. Of 8 bits, or grey of 16 bits."""
+def floating(values: np.ndarray) -> Picture:
+    """Of numbers (H, W, C) from 0 to 1, NaN where a pixel is missing."""
+    observed = np.isfinite(values).all(2, keepdims=True)
+    ok = ((values >= 0) & (values <= 1) | ~observed).all()
+    require(ok, "floating-point numbers must be from 0 to 1, or NaN where a pixel is missing")
+    y = np.concatenate([np.where(observed, 4 * values - 2, 0), observed], 2, dtype=np.float32)
+    return Picture(y.transpose(2, 0, 1), 1, values.shape[2] == 1, ".npy")
+
+
+def open_image(path: Path):
+    """A Pillow image, turned upright. Refuses what Pillow would read only in part."""
     from PIL import Image, ImageOps
 
     with Image.open(path) as file:
-        sixteen = file.mode.startswith("I")
-        ok = sixteen or file.mode != "F" and ";16" not in str(file.tile)
-        require(ok, f"mode {file.mode} of more than 8 bits is not supported")
-        image = ImageOps.exif_transpose(file)
-    image = image if sixteen else image.convert("LA" if channels == 1 else "RGBA")
-    values = np.asarray(resize(image) if resize else image, np.float32)
-    if not sixteen:
-        return values / 255
-    return np.stack([values / 65535] * channels + [np.ones_like(values)], 2)
+        frames = getattr(file, "n_frames", 1) if file.format != "MPO" else 1  # phones add a preview to photos
+        require(frames == 1, f"it has {frames} pages or frames: save one of them")
+        deep = ";16" in str(file.tile) and not file.mode.startswith("I")
+        require(
+            not deep, "colours of 16 bits are not supported: save 8 bits, or an .npy of numbers from 0 to 1"
+        )
+        ok = file.mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "F")
+        ok = ok or file.mode.startswith("I;16") or file.mode == "I" and file.format == "PNG"
+        require(ok, f"mode {file.mode} is not supported: save it as grey or RGB of 8 bits")
+        return ImageOps.exif_transpose(file)
+
+
+def read_pixels(path: Path, channels: int, alpha: bool, resize) -> Picture:
+    """An image file, see `read_image`."""
+    image = open_image(path)
+    extra = {name: image.info[name] for name in ("icc_profile", "dpi", "exif") if image.info.get(name)}
+    grey, transparent = channels == 1 or image.mode[0] in "1LIF", image.info.get("transparency")
+    if image.mode == "F":
+        values = np.asarray(resize(image) if resize else image, np.float32)
+        picture = floating(np.stack([values] * channels, 2))
+        picture.suffix = ".tif"
+    elif image.mode[0] == "I":
+        values = np.asarray(resize(image) if resize else image).astype(np.int64)[None]
+        m = values != transparent if alpha and isinstance(transparent, int) else np.ones_like(values, bool)
+        y = np.concatenate([m * (4 / 65535 * values - 2)] * channels + [m])
+        picture = Picture(y.astype(np.float32), 65535)
+    else:
+        image = image.convert("RGBA")  # what is transparent by a palette or a colour, too
+        image = image.convert("LA") if channels == 1 else image
+        values = np.asarray(resize(image) if resize else image, np.float32).transpose(2, 0, 1)
+        m = values[-1:] == 255 if alpha else np.ones_like(values[-1:], bool)
+        picture = Picture(np.concatenate([m * (4 / 255 * values[:-1] - 2), m]).astype(np.float32), 255)
+        picture.soft = float((~m & (values[-1:] > 0)).mean())  # a soft edge: the colour there is a mixture
+    picture.grey, picture.extra = grey, extra
+    return picture
+
+
+def summary(pictures: list[Picture]) -> str:
+    """What was read, in words."""
+    depths = {1: "floating-point", 255: "8 bits", 65535: "16 bits"}
+    kinds = [depths[n] for n in sorted({picture.levels for picture in pictures})]
+    kinds += [
+        name for name, grey in (("colour", False), ("grey", True)) if any(p.grey is grey for p in pictures)
+    ]
+    soft = sum(picture.soft for picture in pictures) / len(pictures)
+    kinds += [f"{soft:.2%} half transparent, taken as missing"] if soft else []
+    return f"{len(pictures)} images read ({', '.join(kinds)})"
+
+
+def read_mask(path: Path, invert: bool = False) -> np.ndarray:
+    """(H, W), False where a pixel is missing: black, or white if `invert`. Raises ExportError where that is
+    unclear."""
+    try:
+        image = open_image(path)
+        require(not image.has_transparency_data, "a mask must not be transparent: save it in black and white")
+        values = np.asarray(image if image.mode[0] in "FI" else image.convert("RGB"), np.float32)
+        grey = values.ndim == 2 or np.ptp(values, 2).max() < 32
+        values = values if values.ndim == 2 else values.mean(2)
+        top = values.max() if values.max() <= 1 or image.mode[0] in "FI" else 255
+        middle = ((values > top / 4) & (values < top * 3 / 4)).mean()
+        require(grey and middle < 0.05, "a mask must be black where a pixel is missing and white elsewhere")
+    except Exception as error:  # Pillow and numpy raise many classes
+        raise ExportError(f"{path} cannot be read as a mask: {error}") from error
+    return (values > top / 2) != invert
 
 
 def jpeg_tables(files: list[Path]) -> dict:
@@ -357,8 +440,10 @@ class Restorer:
         """
         return self.sample(y, steps, method, [(seed, i) for i in range(len(y))])
 
-    def sample(self, y: np.ndarray, steps: int, method: str, seeds: list) -> np.ndarray:
-        """As `__call__`, with a seed for each row."""
+    def sample(
+        self, y: np.ndarray, steps: int, method: str, seeds: list, exact: float = 2 / 255
+    ) -> np.ndarray:
+        """As `__call__`, with a seed for each row. Observed pixels are kept if the noise is below `exact`."""
         meta, y = self.metadata, np.asarray(y, np.float32)
         C, multiple, (H, W) = meta["channels"], meta["multiple"], y.shape[-2:]
         ok = y.ndim == 4 and y.shape[1] == C + 1 and len(y) > 0
@@ -385,7 +470,7 @@ class Restorer:
                 batch //= 2
         x = np.concatenate(parts)[..., :H, :W]
         require(bool(np.isfinite(x).all()), "the model gave values that are not finite")
-        return np.where(m == 1, y[:, :-1, :H, :W], x) if meta["exact"] else x
+        return np.where(m == 1, y[:, :-1, :H, :W], x) if meta["masked_noise"] < exact else x
 
     def _loop(self, y: np.ndarray, table: np.ndarray, seeds: list) -> np.ndarray:
         """All steps of one batch. The noise comes from numpy, since that of a graph cannot be seeded."""
@@ -404,9 +489,9 @@ class Restorer:
         return xt
 
 
-def write_images(target: Path, x: np.ndarray) -> None:
-    """Of samples x (S, C, H, W): target_sample1.png .., target_mean.png, and target_std.png, grey, white at
-    1."""
+def write_images(target: Path, x: np.ndarray, like: Picture) -> None:
+    """Of samples x (S, C, H, W): target_sample1 .., target_mean, and target_std, grey, white at 1. Of the
+    kind of the input: 8 or 16 bits as PNG, numbers from 0 to 1 as .npy or TIFF."""
     from PIL import Image
 
     pictures = {f"sample{i + 1}": sample for i, sample in enumerate(x)}
@@ -415,8 +500,20 @@ def write_images(target: Path, x: np.ndarray) -> None:
         pictures |= {"mean": x.mean(0), "std": 4 * std - 2}
     target.parent.mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
-        pixels = np.round((picture + 2) * (255 / 4)).clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
-        Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(f"{target}_{name}.png")
+        values = like.levels * ((picture + 2) / 4).clip(0, 1).transpose(1, 2, 0)  # (H, W, C)
+        values = values.mean(2) if like.grey or values.shape[2] == 1 else values
+        path, kind = (
+            Path(f"{target}_{name}{like.suffix}"),
+            {1: "float32", 255: "uint8", 65535: "uint16"}[like.levels],
+        )
+        values = (values if like.levels == 1 else np.round(values)).astype(kind)
+        with open(path.with_name(path.name + ".new"), "wb") as file:
+            if like.suffix == ".npy":
+                np.save(file, values)
+            else:
+                extra = like.extra if name != "std" else {}
+                Image.fromarray(values).save(file, Image.registered_extensions()[like.suffix], **extra)
+        os.replace(path.with_name(path.name + ".new"), path)
 
 
 def targets(inputs: list[str], out: Path) -> dict[Path, tuple[Path, Path]]:
@@ -425,54 +522,72 @@ def targets(inputs: list[str], out: Path) -> dict[Path, tuple[Path, Path]]:
     found = {}
     for given in map(Path, inputs):
         require(given.exists(), f"no file or folder {given}")
-        files, folder = (find_images(given), given) if given.is_dir() else ([given], given.parent)
+        files, folder = (find_images(given, True, out), given) if given.is_dir() else ([given], given.parent)
         require(len(files) > 0, f"no images in {given}")
         for file in files:
-            target = (out / file.relative_to(folder)).with_suffix("")
+            target = out / file.relative_to(folder).parent / file.stem
             require(target not in found, f"two inputs, {file} and another, would be restored to {target}")
             found[target] = (file, folder)
     return found
 
 
-def observation(path: Path, mask: Path | None, metadata: dict) -> np.ndarray:
-    """y (C + 1, H, W) of an image file, as the model takes it."""
-    y, corruption = read_image(path, metadata["channels"], mask), metadata["corruption"]
-    ok = metadata["masks"] or not mask and y[-1].all()
+def observation(path: Path, folder: Path, metadata: dict, options: argparse.Namespace) -> Picture:
+    """An image file as the model takes it."""
+    mask, corruption = options.mask and Path(options.mask), metadata["corruption"]
+    mask = find_mask(path, folder, mask) if mask and mask.is_dir() else mask
+    mask = read_mask(mask, options.invert_masks) if mask else None
+    picture = read_image(path, metadata["channels"], mask)
+    ok = metadata["masks"] or picture.y[-1].all()
     require(ok, f"{path}: no pixels may be missing where the corruption is {corruption}")
     factor = metadata["parameters"]["factor"] if corruption == "downsample" else 1
-    return y.repeat(factor, 1).repeat(factor, 2)  # y has the size of x
+    picture.y = picture.y.repeat(factor, 1).repeat(factor, 2)  # y has the size of x
+    return picture
 
 
 def restore(options: argparse.Namespace) -> None:
-    """Restores image files. The result for an image does not depend on the others."""
+    """Restores image files. The result for an image does not depend on the others. Those that cannot be read
+    are named in the end, and raise ExportError unless they may be skipped; the others are restored all the
+    same."""
     restorer, out, samples = Restorer(options.model, options.device), Path(options.out), options.samples
-    meta, mask = restorer.metadata, options.mask and Path(options.mask)
+    meta, waiting, bad, done = restorer.metadata, {}, [], 0
     steps, method = options.steps or meta["steps"], options.method or meta["method"]
     sampler(method, steps, 1, 2)  # raises if there is no such method or number
     require(samples >= 1 and options.seed >= 0, "--samples must be at least 1 and --seed 0")
-    files, waiting, done = targets(options.inputs, out), {}, 0
+    files = targets(options.inputs, out)
     out.mkdir(parents=True, exist_ok=True)
     if options.device == "auto" and restorer.no_cuda:
         print(f"on the CPU: {restorer.no_cuda}", file=sys.stderr)
 
     def flush() -> None:  # images of one size are sampled together
-        y = np.repeat(np.stack(list(waiting.values())), samples, 0)
-        x = restorer.sample(y, steps, method, [(options.seed, i) for i in range(samples)] * len(waiting))
-        for target, images in zip(waiting, x.reshape(len(waiting), samples, *x.shape[1:])):
-            write_images(target, images)
+        pictures = list(waiting.values())
+        y, seeds = np.stack([picture.y for picture in pictures]), [(options.seed, i) for i in range(samples)]
+        exact = 2 / max(picture.levels for picture in pictures)
+        x = restorer.sample(np.repeat(y, samples, 0), steps, method, seeds * len(y), exact)
+        for target, picture, images in zip(waiting, pictures, x.reshape(len(y), samples, *x.shape[1:])):
+            write_images(target, images, picture)
         waiting.clear()
 
     for target, (file, folder) in files.items():
-        y = observation(file, find_mask(file, folder, mask) if mask and mask.is_dir() else mask, meta)
-        full = len(waiting) * samples * y[0].size > PIXELS[restorer.device]
-        if waiting and (full or next(iter(waiting.values())).shape != y.shape):
+        try:
+            picture = observation(file, folder, meta, options)
+        except ExportError as error:
+            bad.append(str(error))
+            continue
+        last = next(iter(waiting.values()), picture)
+        full = len(waiting) * samples * picture.y[0].size > PIXELS[restorer.device]
+        if waiting and (full or last.y.shape != picture.y.shape or last.levels != picture.levels):
             done += len(waiting)
             flush()
             if sys.stderr.isatty():
                 print(f"\r{done} of {len(files)} ", end="", file=sys.stderr, flush=True)
-        waiting[target] = y
-    flush()
-    print(f"{out}: {len(files)} restored, {samples} samples each, by {steps} steps of {method}")
+        waiting[target] = picture
+    if waiting:
+        flush()
+    print(f"{out}: {len(files) - len(bad)} restored, {samples} samples each, by {steps} steps of {method}")
+    more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
+    require(
+        options.skip_bad_images or not bad, f"{(bad or [''])[0]}{more}; --skip-bad-images leaves them out"
+    )
 
 
 # ---- Command line -----------------------------------------------------------------------------------------
@@ -496,6 +611,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.flag(
             "--mask", help="image, black where a pixel is missing, or a folder of such, named as the inputs"
         )
+        parser.flag("--invert-masks", action="store_true", help="masks are white where a pixel is missing")
+        parser.flag("--skip-bad-images", action="store_true", help="no error for images that cannot be read")
         parser.flag("--steps", type=int, default=0, help="evaluations of the network (default: as trained)")
         parser.flag("--method", default="", help=f"{', '.join(METHODS)} (default: as trained)")
         parser.flag("--samples", type=int, default=4, help="posterior samples of each image")

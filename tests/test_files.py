@@ -1,0 +1,396 @@
+"""Users' files: what each is, and what it must be read as, or the one line that refuses it. Small files of many kinds."""
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import diffem
+import export
+from export import ExportError, find_images, find_mask, read_image, read_mask
+
+RNG = np.random.default_rng(0)
+P = RNG.integers(1, 255, (6, 8, 3)).astype(np.uint8)  # a photo, without pure black or white
+G = P[..., 0]
+K = np.ones((6, 8), bool)  # where it is observed
+K[2:4, 3:6] = False
+A = (255 * K).astype(np.uint8)
+RED = np.where(K[..., None], P, np.array([255, 0, 0], np.uint8))
+
+
+def png16(path: Path, array: np.ndarray, colour: int, transparent: int | None = None):
+    """A PNG of 16 bits: Pillow does not write those in colour."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = array.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0))
+    head += chunk(b"tRNS", struct.pack(">H", transparent)) if transparent is not None else b""
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+def pillow(array, mode=None, **options):
+    """A function that writes an array by Pillow."""
+
+    def write(path):
+        image = array if isinstance(array, Image.Image) else Image.fromarray(array)
+        (image.convert(mode) if mode else image).save(path, **options)
+
+    return write
+
+
+def turned(orientation, transpose, **options):
+    def write(path):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(P).transpose(transpose).save(path, exif=exif, **options)
+
+    return write
+
+
+def pages(path):
+    image = Image.fromarray(G)
+    image.save(path, save_all=True, append_images=[Image.fromarray(G // 2), image])
+
+
+def array(values):
+    return lambda path: np.save(path, values)
+
+
+def palette(values):
+    image = Image.fromarray(values.astype(np.uint8), "P")
+    image.putpalette([0, 0, 0, 255, 255, 255] + [0] * 762)
+    return image
+
+
+GREY3 = np.dstack([G] * 3)
+F = G.astype(np.float32) / 255
+SIXTEEN = G.astype(np.uint16) * 257
+CMYK = np.asarray(Image.fromarray(P).convert("CMYK").convert("RGB"))
+T = Image.Transpose
+# name, how it is written, channels to read, values from 0 to 255 (a tolerance beside them for lossy ones), observed
+GOOD = [
+    ("rgb.png", pillow(P), 3, P, None),
+    ("rgb.bmp", pillow(P), 3, P, None),
+    ("rgb.tif", pillow(P), 3, P, None),
+    ("rgb.TIFF", pillow(P), 3, P, None),
+    ("rgb.ppm", pillow(P), 3, P, None),
+    ("rgb.tga", pillow(P), 3, P, None),
+    ("rgb.webp", pillow(P, lossless=True), 3, P, None),
+    ("rgb.jpg", pillow(P, quality=100, subsampling=0), 3, (P, 4), None),
+    ("progressive.JPEG", pillow(P, quality=100, subsampling=0, progressive=True), 3, (P, 4), None),
+    ("grey.png", pillow(G), 3, GREY3, None),
+    ("grey.png", pillow(G), 1, G[..., None], None),
+    ("grey.jpg", pillow(G, quality=100), 3, (GREY3, 4), None),
+    ("rgb as grey.png", pillow(P), 1, np.asarray(Image.fromarray(P).convert("L"))[..., None], None),
+    ("bit.png", pillow(G > 100), 3, np.dstack([255 * (G > 100)] * 3), None),
+    ("palette.png", pillow(Image.fromarray(np.dstack([RED])).quantize(256)), 3, (RED, 8), None),
+    ("palette.gif", pillow(palette(K)), 3, np.dstack([A] * 3), None),
+    ("cmyk.jpg", pillow(P, "CMYK", quality=100, subsampling=0), 3, (CMYK, 6), None),
+    ("cmyk.tif", pillow(P, "CMYK"), 3, CMYK, None),
+    ("ycbcr.tif", pillow(P, "YCbCr"), 3, (P, 3), None),
+    ("alpha.png", pillow(np.dstack([P, A])), 3, P, K),
+    ("alpha.tif", pillow(np.dstack([P, A])), 3, P, K),
+    ("alpha.webp", pillow(np.dstack([P, A]), lossless=True, exact=True), 3, P, K),
+    ("alpha as grey.png", pillow(np.dstack([GREY3, A])), 1, G[..., None], K),
+    ("grey alpha.png", pillow(np.dstack([G, A])), 3, GREY3, K),
+    ("grey alpha.png", pillow(np.dstack([G, A])), 1, G[..., None], K),
+    ("soft.png", pillow(np.dstack([P, np.where(K, 255, 200).astype(np.uint8)])), 3, P, K),
+    ("nearly opaque.png", pillow(np.dstack([P, np.where(K, 255, 254).astype(np.uint8)])), 3, P, K),
+    ("nearly transparent.png", pillow(np.dstack([P, np.where(K, 255, 1).astype(np.uint8)])), 3, P, K),
+    ("palette with alpha.png", pillow(Image.fromarray(np.dstack([RED, A])).quantize(64)), 3, (RED, 60), K),
+    ("grey trns.png", pillow(np.where(K, G, 0).astype(np.uint8), transparency=0), 3, GREY3, K),
+    ("grey trns as grey.png", pillow(np.where(K, G, 0).astype(np.uint8), transparency=0), 1, G[..., None], K),
+    ("rgb trns.png", pillow(P * K[..., None], transparency=(0, 0, 0)), 3, P, K),
+    ("grey 16.png", pillow(SIXTEEN), 1, G[..., None], None),
+    ("grey 16 as colour.png", pillow(SIXTEEN), 3, GREY3, None),
+    ("grey 16.tif", pillow(SIXTEEN), 1, G[..., None], None),
+    ("grey 16 trns.png", lambda p: png16(p, np.where(K, SIXTEEN, 7), 0, 7), 1, G[..., None], K),
+    ("float.tif", pillow(F), 1, G[..., None], None),
+    ("float as colour.tif", pillow(F), 3, GREY3, None),
+    ("float nan.tif", pillow(np.where(K, F, np.nan).astype(np.float32)), 1, G[..., None], K),
+    ("colour.npy", array(P / 255), 3, P, None),
+    ("colour nan.npy", array(np.where(K[..., None], P / 255, np.nan)), 3, P, K),
+    ("one channel nan.npy", array(np.where(K[..., None] | [True, False, True], P / 255, np.nan)), 3, P, K),
+    ("infinite.npy", array(np.where(K[..., None], P / 255, np.inf)), 3, P, K),
+    ("grey.npy", array(F), 1, G[..., None], None),
+    ("grey float16.npy", array(F.astype(np.float16)), 1, (G[..., None], 0.2), None),
+    ("photo[1].png", pillow(P), 3, P, None),
+    ("scan.2024.01.png", pillow(P), 3, P, None),
+    ("été 猫 (1).png", pillow(P), 3, P, None),
+    ("profile.png", pillow(P, icc_profile=b"x" * 200, dpi=(600, 600)), 3, P, None),
+    *(
+        (f"turned{o}.{end}", turned(o, t, **kind), 3, (P, tolerance), None)
+        for end, kind, tolerance in (
+            ("jpg", dict(quality=100, subsampling=0), 4),
+            ("png", {}, 0),
+            ("tif", {}, 0),
+        )
+        for o, t in ((6, T.ROTATE_90), (3, T.ROTATE_180), (8, T.ROTATE_270), (2, T.FLIP_LEFT_RIGHT))
+    ),
+]
+# name, how it is written, channels, what the message must say
+BAD = [
+    ("rgb 16.png", lambda p: png16(p, P.astype(np.uint16) * 256 + 128, 2), 3, "16 bits"),
+    ("rgba 16.png", lambda p: png16(p, np.dstack([P, A]).astype(np.uint16) * 257, 6), 3, "16 bits"),
+    ("grey alpha 16.png", lambda p: png16(p, np.dstack([G, A]).astype(np.uint16) * 257, 4), 1, "16 bits"),
+    ("pages.tif", pages, 3, "3 pages"),
+    ("film.gif", pages, 3, "3 pages or frames"),
+    ("film.webp", pages, 3, "3 pages or frames"),
+    ("counts.tif", pillow(G.astype(np.float32) * 40), 1, "from 0 to 1"),
+    ("negative.tif", pillow(F - 0.5), 1, "from 0 to 1"),
+    ("int32.tif", pillow(G.astype(np.int32) * 1000), 1, "mode I is not supported"),
+    ("lab.tif", pillow(P, "LAB"), 3, "mode LAB"),
+    ("bytes.npy", array(P), 3, "from 0 to 1"),
+    ("counts.npy", array(P * 1000.0), 3, "from 0 to 1"),
+    ("four channels.npy", array(np.dstack([P, A]) / 255), 3, "array"),
+    ("channels first.npy", array(P.transpose(2, 0, 1) / 255), 3, "array"),
+    ("batch.npy", array(P[None] / 255), 3, "array"),
+    ("grey.npy", array(F), 3, "array"),
+    ("objects.npy", array(np.array([{}, {}])), 3, "objects.npy"),
+    ("text.npy", array(np.array([["a"]])), 1, "text.npy"),
+    ("empty.png", lambda p: p.write_bytes(b""), 3, "empty.png"),
+    ("text.jpg", lambda p: p.write_text("hello"), 3, "text.jpg"),
+    ("truncated.png", lambda p: (pillow(P)(p), p.write_bytes(p.read_bytes()[:80])), 3, "truncated.png"),
+    ("truncated.jpg", lambda p: (pillow(P)(p), p.write_bytes(p.read_bytes()[:-40])), 3, "truncated.jpg"),
+    ("truncated.npy", lambda p: (array(F)(p), p.write_bytes(p.read_bytes()[:-9])), 1, "truncated.npy"),
+]
+
+
+@pytest.mark.parametrize(
+    "name, write, channels, expected, observed", GOOD, ids=[f"{g[0]}-{g[2]}" for g in GOOD]
+)
+def test_read_right(name, write, channels, expected, observed, tmp_path):
+    write(tmp_path / name)
+    assert find_images(tmp_path, arrays=True) == [tmp_path / name]
+    y = read_image(tmp_path / name, channels).y
+    values, tolerance = expected if isinstance(expected, tuple) else (expected, 0)
+    m = np.ones(y.shape[1:], bool) if observed is None else observed
+    assert y.dtype == np.float32 and y.shape == (channels + 1, *values.shape[:2])
+    np.testing.assert_array_equal(y[-1], m)
+    assert np.abs((y[:-1] + 2) * (255 / 4) - values.transpose(2, 0, 1))[:, m].max() <= tolerance + 1e-3
+    assert not y[:, ~m].any()
+
+
+@pytest.mark.parametrize("name, write, channels, message", BAD, ids=[b[0] for b in BAD])
+def test_refused_in_one_line(name, write, channels, message, tmp_path):
+    write(tmp_path / name)
+    with pytest.raises(ExportError) as error:
+        read_image(tmp_path / name, channels)
+    assert name in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
+
+
+MASKS = [
+    ("black.png", pillow(A), False),
+    ("inverse.png", pillow(255 - A), True),
+    ("zero one.png", pillow(K.astype(np.uint8)), False),
+    ("zero one inverse.png", pillow((~K).astype(np.uint8)), True),
+    ("jpeg.jpg", pillow(np.kron(A, np.ones((8, 8), np.uint8)), quality=60), False),
+    ("sixteen.png", pillow(K.astype(np.uint16) * 65535), False),
+    ("sixteen zero one.png", pillow(K.astype(np.uint16)), False),
+    ("float.tif", pillow(K.astype(np.float32)), False),
+    ("bit.png", pillow(K), False),
+    ("three.png", pillow(np.dstack([A] * 3)), False),
+    ("palette.png", pillow(palette(K)), False),
+    ("turned.png", lambda p: turned_mask(p), False),
+    ("alpha.png", pillow(np.dstack([np.zeros_like(P), A])), "transparent"),
+    ("red.png", pillow(RED), "black where a pixel is missing"),
+    ("photo.png", pillow(G), "black where a pixel is missing"),
+    ("broken.png", lambda p: p.write_bytes(b"x"), "broken.png"),
+]
+
+
+def turned_mask(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(A).transpose(T.ROTATE_90).save(path, exif=exif)
+
+
+@pytest.mark.parametrize("name, write, outcome", MASKS, ids=[m[0] for m in MASKS])
+def test_masks(name, write, outcome, tmp_path):
+    write(tmp_path / name)
+    if isinstance(outcome, str):
+        with pytest.raises(ExportError, match=outcome):
+            read_mask(tmp_path / name)
+        return
+    expected = np.kron(K, np.ones((8, 8), bool)) if name == "jpeg.jpg" else K
+    np.testing.assert_array_equal(read_mask(tmp_path / name, invert=outcome), expected)
+
+
+def test_which_files_of_a_folder_are_images(tmp_path):
+    for name in ("a.png", "deep/er/b.JPG", "._a.png", ".ipynb_checkpoints/a.png", "deep/.thumbnails/x.png", "out/a.png",
+                 "runs/one/lap_00.png", "deep/runs/x.png", "notes.txt", "c.npy"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "deep/round").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "deep/d.png").mkdir()
+    names = [str(path.relative_to(tmp_path)) for path in find_images(tmp_path, ignore=tmp_path / "out")]
+    assert names == ["a.png", "deep/er/b.JPG"]
+    assert len(find_images(tmp_path, arrays=True, ignore=tmp_path / "out")) == 3
+
+
+@pytest.mark.parametrize("stem", ["plain", "scan.2024.01", "photo[1]", "my photo (1)", "été 猫", "a.b"])
+@pytest.mark.parametrize("end", ["png", "bmp", "tif"])
+def test_the_mask_of_an_image_has_its_name(stem, end, tmp_path):
+    for folder in ("img/sub", "mask/sub"):
+        (tmp_path / folder).mkdir(parents=True)
+    image, mask = tmp_path / f"img/sub/{stem}.png", tmp_path / f"mask/sub/{stem}.{end}"
+    for path in (
+        mask,
+        tmp_path / "mask/sub/plain2.png",
+        tmp_path / "mask/sub/a.b.c.png",
+        tmp_path / f"mask/sub/._{stem}.{end}",
+    ):
+        pillow(A)(path)
+    assert find_mask(image, tmp_path / "img", tmp_path / "mask") == mask
+    mask.unlink()
+    with pytest.raises(ExportError, match="0 masks"):
+        find_mask(image, tmp_path / "img", tmp_path / "mask")
+
+
+# ---- Whole commands
+
+
+TINY = ("--channels 8 8 --blocks 1 --laps 1 --steps 3 --batch 8 --sample-steps 2 --unconditional-steps 2 --start-laps 1 "
+        "--held-out 4 --num-samples 2 --name own").split()  # fmt: skip
+
+
+def folder_of(path: Path, write, end: str, number: int = 12):
+    path.mkdir()
+    for i in range(number):
+        write(i)(path / f"{i:02d}.{end}")
+
+
+def holes(i):
+    return np.roll(K, i, (0, 1))
+
+
+KINDS = {
+    "8 bits in colour": (lambda i: pillow(np.dstack([P, 255 * holes(i).astype(np.uint8)])), "png", []),
+    "16 bits": (lambda i: lambda p: png16(p, np.where(holes(i), SIXTEEN + i, 7), 0, 7), "png", ["--grey"]),
+    "float TIFF": (lambda i: pillow(np.where(holes(i), F, np.nan).astype(np.float32)), "tif", ["--grey"]),
+    ".npy": (lambda i: array(np.where(holes(i)[..., None], P / 255, np.nan)), "npy", []),
+    "colour as grey": (lambda i: pillow(np.dstack([P, 255 * holes(i).astype(np.uint8)])), "png", ["--grey"]),
+    "some without holes": (lambda i: pillow(np.dstack([P, 255 * holes(i).astype(np.uint8)]) if i % 4 else P), "png", []),
+    "with a profile": (
+        lambda i: pillow(np.dstack([P, 255 * holes(i).astype(np.uint8)]), icc_profile=b"p" * 99, dpi=(600, 600)), "png", [],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_trains_restores_to_the_same_kind(kind, tmp_path, monkeypatch, capsys):
+    write, end, flags = KINDS[kind]
+    monkeypatch.chdir(tmp_path)
+    folder_of(tmp_path / "in", write, end)
+    (tmp_path / "in/._00.png").write_bytes(b"junk")
+    assert diffem.main(["--observations", "in", *TINY, *flags]) == 0
+    out = capsys.readouterr().out
+    assert "12 images read" in out and "8x6 pixels" in out and "rate of the observed masks" in out
+    assert export.main(["runs/own"]) == 0
+    assert (
+        export.main(
+            ["restore", "runs/own/model.onnx", "in", "--samples", "2", "--steps", "2", "--device", "cpu"]
+        )
+        == 0
+    )
+    names = {path.name for path in (tmp_path / "restored").iterdir()}
+    suffix = {"npy": ".npy", "tif": ".tif"}.get(end, ".png")
+    assert names == {
+        f"{i:02d}_{part}{suffix}" for i in range(12) for part in ("sample1", "sample2", "mean", "std")
+    }
+    path = tmp_path / f"restored/01_sample1{suffix}"
+    values, m = np.load(path) if end == "npy" else np.asarray(Image.open(path)), holes(1)
+    if kind == "16 bits":
+        assert (
+            values.dtype == np.uint16 and np.abs(values[m].astype(int) - SIXTEEN[m] - 1).max() < 300
+        )  # s is 16 levels
+    elif kind == "float TIFF":
+        assert values.dtype == np.float32 and np.abs(values[m] - F[m]).max() < 0.01
+    elif kind == ".npy":
+        assert values.dtype == np.float32 and values.shape == P.shape
+        np.testing.assert_allclose(values[m], P[m] / 255, atol=1e-6)
+    elif kind == "colour as grey":
+        np.testing.assert_array_equal(values[m], np.asarray(Image.fromarray(P).convert("L"))[m])
+    else:
+        np.testing.assert_array_equal(values[m], P[m])  # bit for bit
+    if kind == "with a profile":
+        info = Image.open(path).info
+        assert info["icc_profile"] == b"p" * 99 and round(info["dpi"][0]) == 600
+
+
+def test_restoring_a_folder_again_finds_the_same_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder_of(tmp_path / "in", KINDS["8 bits in colour"][0], "png")
+    assert diffem.main(["--observations", ".", *TINY]) == 0 and "12 images read" in capsys.readouterr().out
+    assert (
+        diffem.main(["--observations", ".", *TINY[:-1], "again"]) == 0
+        and "12 images read" in capsys.readouterr().out
+    )
+    assert export.main(["runs/own"]) == 0
+    for _ in range(2):
+        assert (
+            export.main(
+                ["restore", "runs/own/model.onnx", ".", "--samples", "1", "--steps", "1", "--device", "cpu"]
+            )
+            == 0
+        )
+        assert "12 restored" in capsys.readouterr().out
+    (tmp_path / "in/bad.png").write_bytes(b"junk")
+    (tmp_path / "in/deep.png").write_bytes(b"junk")
+    command = [
+        "restore",
+        "runs/own/model.onnx",
+        "in",
+        "-o",
+        "out",
+        "--samples",
+        "1",
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    assert export.main(command) == 2
+    captured = capsys.readouterr()
+    assert "12 restored" in captured.out and "bad.png" in captured.err and "1 more" in captured.err
+    assert captured.err.count("\n") == 1 and len(list((tmp_path / "out").glob("*.png"))) == 12
+    assert export.main([*command, "--skip-bad-images"]) == 0
+
+
+@pytest.mark.parametrize(
+    "write, flags, message",
+    [
+        (lambda i: pillow(np.dstack([P, 0 * A])), [], "every pixel is missing"),
+        (lambda i: pillow(P), [], "no pixel is missing"),
+        (lambda i: pillow(np.dstack([P, A]), ), ["--masks", "absent"], "0 masks"),
+        (lambda i: pages, [], "3 pages"),
+    ],
+)  # fmt: skip
+def test_folders_that_are_refused(write, flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder_of(tmp_path / "in", write, "tif")
+    assert diffem.main(["--observations", "in", *TINY, *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_masks_the_other_way_round_are_questioned(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder_of(tmp_path / "in", lambda i: pillow(P), "png")
+    folder_of(tmp_path / "masks", lambda i: pillow(255 * (~holes(i)).astype(np.uint8)), "bmp")
+    flags = ["--observations", "in", "--masks", "masks", *TINY]
+    assert diffem.main(flags) == 0
+    assert (
+        "87.5% missing; if white pixels of the masks are the missing ones: --invert-masks"
+        in capsys.readouterr().out
+    )
+    assert diffem.main([*flags[:-1], "right", "--invert-masks"]) == 0
+    out = capsys.readouterr().out
+    assert "12.5% missing" in out and "if white" not in out
