@@ -284,8 +284,23 @@ KINDS = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A model.onnx of a run on colour images, and one on grey ones."""
+    root, paths = tmp_path_factory.mktemp("models"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        folder_of(root / "in", KINDS["8 bits in colour"][0], "png")
+        for flags in ([], ["--grey"]):
+            name = f"own{len(flags)}"
+            assert diffem.main(["--observations", "in", *TINY[:-1], name, *flags]) == 0
+            assert export.main([f"runs/{name}"]) == 0
+            paths[len(flags)] = root / "runs" / name / "model.onnx"
+    return paths
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_trains_restores_to_the_same_kind(kind, tmp_path, monkeypatch, capsys):
+def test_what_trains_restores_to_the_same_kind(kind, models, tmp_path, monkeypatch, capsys):
     write, end, flags = KINDS[kind]
     monkeypatch.chdir(tmp_path)
     folder_of(tmp_path / "in", write, end)
@@ -293,13 +308,8 @@ def test_what_trains_restores_to_the_same_kind(kind, tmp_path, monkeypatch, caps
     assert diffem.main(["--observations", "in", *TINY, *flags]) == 0
     out = capsys.readouterr().out
     assert "12 images read" in out and "8x6 pixels" in out and "rate of the observed masks" in out
-    assert export.main(["runs/own"]) == 0
-    assert (
-        export.main(
-            ["restore", "runs/own/model.onnx", "in", "--samples", "2", "--steps", "2", "--device", "cpu"]
-        )
-        == 0
-    )
+    command = ["restore", str(models[len(flags)]), "in", "--samples", "2", "--steps", "2", "--device", "cpu"]
+    assert export.main(command) == 0
     names = {path.name for path in (tmp_path / "restored").iterdir()}
     suffix = {"npy": ".npy", "tif": ".tif"}.get(end, ".png")
     assert names == {
@@ -325,7 +335,7 @@ def test_what_trains_restores_to_the_same_kind(kind, tmp_path, monkeypatch, caps
         assert info["icc_profile"] == b"p" * 99 and round(info["dpi"][0]) == 600
 
 
-def test_restoring_a_folder_again_finds_the_same_images(tmp_path, monkeypatch, capsys):
+def test_restoring_a_folder_again_finds_the_same_images(models, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     folder_of(tmp_path / "in", KINDS["8 bits in colour"][0], "png")
     assert diffem.main(["--observations", ".", *TINY]) == 0 and "12 images read" in capsys.readouterr().out
@@ -333,30 +343,13 @@ def test_restoring_a_folder_again_finds_the_same_images(tmp_path, monkeypatch, c
         diffem.main(["--observations", ".", *TINY[:-1], "again"]) == 0
         and "12 images read" in capsys.readouterr().out
     )
-    assert export.main(["runs/own"]) == 0
+    restore = ["restore", str(models[0]), "--samples", "1", "--steps", "1", "--device", "cpu"]
     for _ in range(2):
-        assert (
-            export.main(
-                ["restore", "runs/own/model.onnx", ".", "--samples", "1", "--steps", "1", "--device", "cpu"]
-            )
-            == 0
-        )
+        assert export.main([*restore, "."]) == 0
         assert "12 restored" in capsys.readouterr().out
     (tmp_path / "in/bad.png").write_bytes(b"junk")
     (tmp_path / "in/deep.png").write_bytes(b"junk")
-    command = [
-        "restore",
-        "runs/own/model.onnx",
-        "in",
-        "-o",
-        "out",
-        "--samples",
-        "1",
-        "--steps",
-        "1",
-        "--device",
-        "cpu",
-    ]
+    command = [*restore, "in", "-o", "out"]
     assert export.main(command) == 2
     captured = capsys.readouterr()
     assert "12 restored" in captured.out and "bad.png" in captured.err and "1 more" in captured.err
