@@ -37,6 +37,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -234,14 +235,20 @@ class Corruption(nn.Module):
     block = 1  # side of the blocks of T; 0: the whole image
     patch = 1  # side of the squares that are observed together
     masks = None  # (K, 1, H, W): observed masks, used in place of `mask`
-    rescale = False  # the default of --rescale for photographs: is the same detail lost in every image?
+    rescale = (
+        False  # the default of --rescale if the start is smooth: is the same detail lost in every image?
+    )
+    smoothness = 0.0  # the least default of --smoothness
     limits = {}  # of the arguments by name: (low, high)
 
     def __init__(self, **parameters):
         super().__init__()
         for name, value in parameters.items():
             low, high = self.limits.get(name, (value, value))
-            require(low <= value <= high, f"--{name} must be from {low} to {high}, not {value}")
+            message = f"--{name} must be from {low} to {high}, not {value}"
+            units = name == "noise" and value > 4
+            message += f": {value:g} of 255 grey levels are {value * 4 / 255:.2g} here" if units else ""
+            require(low <= value <= high, message)
             setattr(self, name, value)
         self.register_buffer("w", torch.zeros(1, 1, 1))  # (C, n, n), by `learn`
         self.register_buffer("slope", torch.zeros(1, 1, 1))  # (C, n, n): h / T y
@@ -332,7 +339,7 @@ class Linear(Corruption):
 class Mask(Linear):
     """Pixels missing independently with probability `rate`: y = m (x + s eps)."""
 
-    limits = dict(rate=(0, 0.999), noise=(0, 1e3))
+    limits = dict(rate=(0, 0.999), noise=(0, 4))
 
     def __init__(self, rate: float = 0.75, noise: float = 1e-3):
         super().__init__(rate=rate, noise=noise)
@@ -365,7 +372,7 @@ class Block(Mask):
 class Noise(Linear):
     """White noise: y = x + s eps."""
 
-    block, limits = 0, dict(noise=(0, 1e3))
+    block, limits = 0, dict(noise=(0, 4))
 
     def __init__(self, noise: float = 0.5):
         super().__init__(noise=noise)
@@ -376,7 +383,7 @@ class Blur(Linear):
     eps. float32 is enough for s >= 1e-3, the paper's: w is at most 1e6, and where K all but removes a
     frequency, w and its error are small beside what the Gaussian knows. A smaller s counts as 1e-3 in w."""
 
-    block, rescale, limits = 0, True, dict(width=(0.01, 1e3), noise=(0, 1e3))
+    block, rescale, limits = 0, True, dict(width=(0.01, 1e3), noise=(0, 4))
 
     def __init__(self, width: float = 1.5, noise: float = 0.02):
         super().__init__(width=width, noise=noise)
@@ -397,7 +404,8 @@ class Blur(Linear):
 class Downsample(Linear):
     """Means of factor x factor pixels, with noise, each repeated to the image's size: y = R (M x + s eps)."""
 
-    rescale, limits = True, dict(factor=(1, 1e3), noise=(0, 1e3))
+    rescale, smoothness = True, 3.0  # a low rank cannot tell what no image shows
+    limits = dict(factor=(1, 1e3), noise=(0, 4))
 
     def __init__(self, factor: int = 2, noise: float = 0.01):
         super().__init__(factor=factor, noise=noise)
@@ -819,7 +827,10 @@ class Denoiser(nn.Module):
 
     def shape(self, y: Tensor) -> list[int]:
         """The shape of the x that y observes."""
-        return [y.shape[0], y.shape[1] - 1, y.shape[2], y.shape[3]]
+        C = self.x_shape[0]
+        if y.dim() != 4 or y.shape[1] != C + 1:
+            raise DiffEMError(f"observations must be (B, {C + 1}, H, W), the mask last, not {list(y.shape)}")
+        return [y.shape[0], C, y.shape[2], y.shape[3]]
 
     def posterior(self, xt: Tensor, sigma: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """G and v, both (B, C, H, W). sigma: (B, 1, 1, 1)."""
@@ -959,6 +970,8 @@ def em(y: Tensor, corruption: Corruption, config: Config, state: State | None = 
     it on its own observations; only gradients are exchanged.
     """
     device, (rank, size) = torch.device(device or y.device), ranks()
+    if y.ndim == 4:
+        check_observations(y)
     require(config.batch % size == 0, f"--batch {config.batch} must be a multiple of the {size} processes")
     if state is None:
         state = first_state(y, corruption.to(device), config, generator_for(device, config.seed, 0, 1, rank))
@@ -973,6 +986,20 @@ def em(y: Tensor, corruption: Corruption, config: Config, state: State | None = 
             key = config.seed, state.lap, config.steps + state.drawn, rank
             e_step(state, y, config, generator_for(device, *key))
             yield state
+
+
+def check_observations(y: Tensor) -> None:
+    """Raises DiffEMError if y (N, C + 1, H, W) is not what the docstring of this file says."""
+    value, m = y[:, :-1], y[:, -1:]
+    require(y.dtype == torch.float32, f"observations must be float32, not {y.dtype}")
+    require(
+        bool(((m == 0) | (m == 1)).all()), "the last channel of y must be 1 where a pixel is observed, else 0"
+    )
+    require(bool(value.isfinite().all()), "y has values that are not finite: set missing pixels to 0")
+    require(bool((value * (1 - m) == 0).all()), "y must be 0 where its last channel is: y * y[:, -1:]")
+    low, high = float(value.min()), float(value.max())
+    ok = -20 < low and high < 20 and (low < 0 or high > 1 or high == low)
+    require(ok, f"values of y are from {low:.3g} to {high:.3g}, but black is -2 and white 2")
 
 
 def first_state(y: Tensor, corruption: Corruption, config: Config, generator: torch.Generator) -> State:
@@ -1502,9 +1529,11 @@ def parse(argv: list[str]) -> Settings:
     require(key in PRESETS, f"there is no data set {key[0]!r} with preset {key[1]!r}: --help lists them")
     name = values.setdefault("corruption", "mask")
     require(name in CORRUPTIONS, f"unknown corruption {name!r}: {', '.join(CORRUPTIONS)}")
-    smooth = (PRESETS[key] | values).get("smoothness", 0) > 0
-    values = PRESETS[key] | dict(rescale=smooth and CORRUPTIONS[name].rescale) | values
-    parameters = parameters_of(CORRUPTIONS[name])
+    preset, corruption = PRESETS[key], CORRUPTIONS[name]
+    smoothness = max(preset.get("smoothness", 0.0), corruption.smoothness)
+    rescale = values.get("smoothness", smoothness) > 0 and corruption.rescale
+    values = preset | dict(smoothness=smoothness, rescale=rescale) | values
+    parameters = parameters_of(corruption)
     parameters |= {k: v for k, v in values.get("parameters", {}).items() if k in parameters}
 
     given = vars(make_parser(values, parameters).parse_args(argv))
@@ -1575,8 +1604,10 @@ def train(run: Run) -> int:
         state = restore_state(checkpoint, run.corruption, run.device, y.device)
     shape, saved = "{percentage:3.0f} %|{bar}| {elapsed}, {remaining} left{postfix}", time.monotonic()
     bar = tqdm(total=settings.laps, bar_format=shape, disable=rank > 0 or None)
+    states = em(y, run.corruption, settings, state, run.device)
+    first = [next(states)] if state is None else []  # Ctrl-C ends lap 0 at once: there is nothing to save yet
     with stop_signals() as stop, bar:
-        for state in em(y, run.corruption, settings, state, run.device):
+        for state in itertools.chain(first, states):
             done = (
                 state.lap - 1 + (state.step / settings.steps + state.drawn / len(y)) / 2 if state.lap else 0
             )
@@ -1635,6 +1666,9 @@ def best_row(history: list[dict]) -> dict:
 def stop_signals():
     """A list that receives the first Ctrl-C or SIGTERM: a run stops between two steps. A second one kills."""
     received = []
+    if threading.current_thread() is not threading.main_thread():  # which alone receives signals
+        yield received
+        return
 
     def receive(number, frame):
         received.append(number)
@@ -1689,8 +1723,12 @@ def main(argv: list[str] | None = None, **corruptions: type[Corruption]) -> int:
                 print("small preset, for a CPU: --preset published is the paper's, and takes days on a GPU")
             return train(prepare(settings))
     except (DiffEMError, OSError) as error:
-        print(f"diffem: {error}", file=sys.stderr)
+        if ranks()[0] == 0:
+            print(f"diffem: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("diffem: stopped", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -637,6 +637,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"export: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("export: stopped", file=sys.stderr)
+        return 130
     return 0
 
 

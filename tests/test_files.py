@@ -1,11 +1,13 @@
 """Users' files: what each is, and what it must be read as, or the one line that refuses it. Small files of many kinds."""
 
 import struct
+import threading
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import diffem
@@ -387,3 +389,110 @@ def test_masks_the_other_way_round_are_questioned(tmp_path, monkeypatch, capsys)
     assert diffem.main([*flags[:-1], "right", "--invert-masks"]) == 0
     out = capsys.readouterr().out
     assert "12.5% missing" in out and "if white" not in out
+
+
+# ---- The library
+
+
+def tensors():
+    x = torch.from_numpy(np.stack([np.roll(P, i, 0) for i in range(12)])).permute(0, 3, 1, 2) * (4 / 255) - 2
+    m = torch.from_numpy(np.stack([holes(i) for i in range(12)]))[:, None].float()
+    return x.float(), m, torch.cat([x * m, m], 1).float()
+
+
+X, M, Y = tensors()
+
+
+@pytest.mark.parametrize(
+    "y, message",
+    [
+        (X, "last channel of y must be 1"),
+        (torch.cat([(X + 2) * (255 / 4) * M, M], 1), "black is -2 and white 2"),
+        (torch.cat([(X + 2) / 4 * M, M], 1), "from 0 to .*, but black is -2"),
+        (torch.where(M > 0, Y, torch.nan), "last channel|not finite"),
+        (torch.cat([torch.where(M > 0, X, torch.nan), M], 1), "not finite"),
+        (torch.cat([X, M], 1), "must be 0 where its last channel is"),
+        (Y.double(), "float32"),
+        (torch.cat([Y[:, :-1], 255 * M], 1), "last channel"),
+    ],
+)
+def test_fit_says_what_is_wrong_with_observations(y, message):
+    with pytest.raises(diffem.DiffEMError, match=message):
+        diffem.fit(y, diffem.Mask(0.5), diffem.Config(laps=1, steps=1))
+
+
+def test_sample_says_what_is_wrong_with_observations(generator):
+    config = diffem.Config(
+        laps=1, steps=2, batch=4, channels=(8,), sample_steps=2, start_laps=1, start_rank=4
+    )
+    model = diffem.fit(Y, diffem.Mask(0.5), config)
+    assert model.sample(Y, 2, "ddpm", generator).shape == X.shape
+    for y in (Y[0], X, Y[:, :, None]):
+        with pytest.raises(diffem.DiffEMError, match=r"must be \(B, 4, H, W\), the mask last"):
+            model.sample(y, 2, "ddpm", generator)
+
+
+def test_noise_in_grey_levels_is_questioned():
+    with pytest.raises(diffem.DiffEMError, match="25 of 255 grey levels are 0.39 here"):
+        diffem.Noise(25)
+
+
+def test_main_works_in_a_thread(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    codes = []
+    thread = threading.Thread(
+        target=lambda: codes.append(diffem.main([*TINY, "--limit", "32", "--start-rank", "4"]))
+    )
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+class Poisson(diffem.Corruption):
+    """Photon counts: the noise depends on the image."""
+
+    def __init__(self, peak: float = 20.0):
+        super().__init__(peak=peak)
+
+    def observe(self, x, m, generator):
+        counts = torch.poisson(((x + 2) / 4).clamp(0, 1) * self.peak, generator)
+        return torch.cat([m * (4 * counts / self.peak - 2), m], 1)
+
+
+class SaltAndPepper(diffem.Corruption):
+    def observe(self, x, m, generator):
+        u = torch.rand(x[:, :1].shape, generator=generator, device=x.device)
+        return torch.cat([m * torch.where(u < 0.05, -2, torch.where(u > 0.95, 2, x)), m], 1)
+
+
+class DeadRows(diffem.Corruption):
+    noise = 1e-3
+
+    def __init__(self, fraction: float = 0.3):
+        super().__init__(fraction=fraction)
+
+    def mask(self, x, generator):
+        rows = torch.rand(len(x), 1, x.shape[2], 1, generator=generator, device=x.device) >= self.fraction
+        return rows.to(x.dtype).expand(-1, -1, -1, x.shape[3])
+
+
+@pytest.mark.parametrize("own", [Poisson, SaltAndPepper, DeadRows])
+def test_own_corruptions_whose_noise_depends_on_the_image(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(diffem, "CORRUPTIONS", dict(diffem.CORRUPTIONS))
+    flags = [*TINY, "--limit", "300", "--start-rank", "8", "--corruption", "own"]
+    assert diffem.main(flags, own=own) == 0
+    corruption = diffem.load("runs/own").corruption
+    assert isinstance(corruption, own) and float(corruption.w.min()) >= 0 and float(corruption.w.max()) > 0.5
+
+
+@pytest.mark.parametrize("when", ["reading", "lap 0"])
+def test_ctrl_c_before_there_is_anything_to_save(when, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def interrupt(*rest):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(diffem, "load_images" if when == "reading" else "fit_start", interrupt)
+    assert diffem.main(TINY) == 130
+    assert capsys.readouterr().err == "diffem: stopped\n" and not (tmp_path / "runs").exists()
