@@ -1255,6 +1255,12 @@ def image_files(settings: Settings) -> list[Path]:
     return files
 
 
+def memory() -> float:
+    """Of the machine, in bytes; infinite if the system does not tell."""
+    known = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else math.inf
+
+
 def read_images(files: list[Path], settings: Settings) -> Tensor:
     """Clean images (N, C, H, W), or observations with the mask as last channel. Prints what was
     understood."""
@@ -1278,7 +1284,17 @@ def read_images(files: list[Path], settings: Settings) -> Tensor:
         except OSError as error:
             require(settings.skip_bad_images, f"{error}; --skip-bad-images leaves such images out")
             continue
-        images = images if pictures else torch.empty(len(files), *picture.y.shape)
+        if not pictures:
+            need, have = (
+                3 * len(files) * picture.y.nbytes,
+                memory(),
+            )  # for observations, reconstructions, work
+            advice = "--limit, or --image-size" if not own else "--limit"
+            message = (
+                f"{len(files)} images like {path} need {need / 1e9:.3g} GB, more than there is: {advice}"
+            )
+            require(need < have, message)
+            images = torch.empty(len(files), *picture.y.shape)
         (H, W), (H0, W0) = picture.y.shape[1:], images.shape[2:]
         message = f"images of mixed sizes: {path} has {W}x{H} pixels, others {W0}x{H0}"
         require((H, W) == (H0, W0), message + "; --image-size N crops and resizes them" * (not own))

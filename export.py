@@ -37,6 +37,7 @@ import numpy as np
 # torch, diffem, onnxruntime and Pillow are imported where they are used: restoring must not need PyTorch
 
 FORMAT = 2  # of model.onnx: its inputs, outputs and metadata
+TILE, OVERLAP = 512, 64  # pixels of the tiles of a large image: below 1 GB with the small networks
 PIXELS = {"cpu": 2**16, "cuda": 2**20}  # of the images that are sampled at once, at first
 SHA256 = re.compile(rb"\x0a\x06sha256\x12\x40([0-9a-f]{64})")  # this entry of the metadata
 METHODS = ("ddpm", "ddim", "sde2m", "dpm2m")
@@ -482,11 +483,43 @@ class Restorer:
 
         xt = np.float32(table[0, 0]) * draw()
         x0 = noise = np.zeros_like(xt)
-        for sigma, *coefficients in table.astype(np.float32):
-            noise = draw() if coefficients[3] else noise
-            inputs = dict(xt=xt, y=y, sigma=np.full(len(y), sigma), coefficients=np.array(coefficients))
-            xt, x0 = self.session.run(["xs", "x0"], inputs | dict(x0_previous=x0, noise=noise))
+        for sigma, a, b, c, d in table.astype(np.float32):
+            noise, previous, x0 = draw() if d else noise, x0, self._denoise(xt, sigma, y)
+            xt = a * xt + b * x0 + c * previous + d * noise
         return xt
+
+    def _denoise(self, xt: np.ndarray, sigma: np.float32, y: np.ndarray) -> np.ndarray:
+        """x0, by overlapping tiles if the image is large: their weights fall to 0 near an edge that is not
+        the image's."""
+        total, weights = np.zeros_like(xt), np.zeros(xt.shape[-2:], np.float32)
+        none = dict(coefficients=np.zeros(4, np.float32), sigma=np.full(len(y), sigma))
+        for rows, row in tiles(xt.shape[-2]):
+            for columns, column in tiles(xt.shape[-1]):
+                part = np.ascontiguousarray(xt[..., rows, columns])
+                inputs = none | dict(xt=part, y=np.ascontiguousarray(y[..., rows, columns]))
+                (x0,) = self.session.run(["x0"], inputs | dict(x0_previous=part, noise=part))
+                weight = row[:, None] * column
+                total[..., rows, columns] += weight * x0
+                weights[rows, columns] += weight
+        return total / weights
+
+
+def tiles(n: int) -> list[tuple[slice, np.ndarray]]:
+    """Parts of a side of n pixels, about TILE long, that begin at multiples of 16, with the weights of their
+    pixels."""
+    number = max(1, -(-(n - OVERLAP) // (TILE - OVERLAP)))
+    first = (
+        [16 * round(i * (n - TILE) / max(1, number - 1) / 16) for i in range(number)] if number > 1 else [0]
+    )
+    last = [start + TILE for start in first[:-1]] + [n]
+    parts = []
+    for i, (start, stop) in enumerate(zip(first, last)):
+        near = np.arange(stop - start) + 0.5  # to the edges; a quarter of the overlap is not used at all
+        near = np.minimum(near if i else np.inf, near[::-1] if i < number - 1 else np.inf) * np.ones(
+            stop - start
+        )
+        parts.append((slice(start, stop), np.clip(near / OVERLAP * 2 - 0.5, 1e-6, 1).astype(np.float32)))
+    return parts
 
 
 def write_images(target: Path, x: np.ndarray, like: Picture) -> None:

@@ -5,6 +5,7 @@ precision and recall by torch-fidelity (pip install torch-fidelity) where there 
 """
 
 import argparse
+import importlib.util
 import shutil
 import sys
 from dataclasses import replace
@@ -76,7 +77,16 @@ def evaluate(options: argparse.Namespace) -> None:
     settings, device = diffem.load_checkpoint(folder).settings, "cuda" if torch.cuda.is_available() else "cpu"
     model = diffem.load(folder, best=options.best, device=device)
     data = diffem.observe(settings, diffem.CORRUPTIONS[settings.corruption](**settings.parameters))
-    y, truth = torch.cat([data.held_out, data.y])[:number], data.truth
+    y, truth, reference = torch.cat([data.held_out, data.y])[:number], data.truth, None
+    if options.reference:  # read before anything is sampled, so that a wrong folder costs nothing
+        (H, W), like = y.shape[-2:], dict(dataset="folder", data_dir=options.reference)
+        like |= dict(observations="", masks="", invert_masks=False, image_size=H if H == W else 0)
+        like = replace(settings, **like)
+        reference = diffem.read_images(diffem.image_files(like), like)
+        available = importlib.util.find_spec("torch_fidelity") or "torch_fidelity" in sys.modules
+        diffem.require(bool(available), "FID needs torch-fidelity: pip install torch-fidelity")
+    elif truth is not None:
+        reference = diffem.load_images(settings)[0]
     generator = diffem.generator_for(device, settings.seed, 0, 7)
 
     def draw(y: torch.Tensor, steps: int) -> torch.Tensor:
@@ -97,16 +107,7 @@ def evaluate(options: argparse.Namespace) -> None:
         print(
             f"posterior, {len(x)} held-out images: PSNR {diffem.psnr(x, truth):.2f} dB, SSIM {ssim(x, truth):.3f}"
         )
-    if options.reference:
-        (H, W), like = (
-            y.shape[-2:],
-            dict(dataset="folder", observations="", masks="", data_dir=options.reference),
-        )
-        like = replace(settings, **like, image_size=H if H == W else 0)
-        reference = diffem.read_images(diffem.image_files(like), like)
-    elif truth is not None:
-        reference = diffem.load_images(settings)[0]
-    else:
+    if reference is None:
         print("FID and the like need clean images to compare with: --reference FOLDER")
         return
     write_images(folder / "samples" / "reference", reference)

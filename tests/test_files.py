@@ -496,3 +496,45 @@ def test_ctrl_c_before_there_is_anything_to_save(when, tmp_path, monkeypatch, ca
     monkeypatch.setattr(diffem, "load_images" if when == "reading" else "fit_start", interrupt)
     assert diffem.main(TINY) == 130
     assert capsys.readouterr().err == "diffem: stopped\n" and not (tmp_path / "runs").exists()
+
+
+# ---- Large images
+
+
+def test_tiles_cover_a_side_and_overlap():
+    for n in (1, 100, export.TILE, export.TILE + 1, 1000, 1500, 4321):
+        parts, weights = export.tiles(n), np.zeros(n)
+        for part, weight in parts:
+            assert part.start % 16 == 0 and len(weight) == part.stop - part.start <= export.TILE + 16
+            weights[part] += weight
+        assert weights.min() >= 0.9 and (len(parts) == 1) == (n <= export.TILE)
+        assert all(a.stop - b.start >= 48 for (a, _), (b, _) in zip(parts, parts[1:]))
+
+
+@pytest.mark.parametrize("size", [(128, 100), (70, 260)])
+def test_a_large_image_in_tiles_is_the_image_at_once(size, models, monkeypatch):
+    """The same noise, and a network of local reach: no seam, and nowhere another value."""
+    restorer, generator = export.Restorer(models[0], "cpu", threads=1), np.random.default_rng(0)
+    smooth = (
+        np.asarray(Image.fromarray(P).resize(size[::-1], Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+        * (4 / 255)
+        - 2
+    )
+    m = generator.random((1, *size)) > 0.5
+    y = np.concatenate([m * smooth, m])[None].astype(np.float32)
+    whole = restorer(y, steps=6, method="ddim")
+    monkeypatch.setattr(export, "TILE", 64)
+    monkeypatch.setattr(export, "OVERLAP", 48)
+    assert len(export.tiles(size[0])) * len(export.tiles(size[1])) > 4
+    tiled = restorer(y, steps=6, method="ddim")
+    difference = np.abs(tiled - whole)
+    assert difference.max() < 0.1 and difference.mean() < 0.01, (difference.max(), difference.mean())
+
+
+def test_more_images_than_fit_into_memory_are_refused_after_the_first(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder_of(tmp_path / "in", KINDS["8 bits in colour"][0], "png")
+    monkeypatch.setattr(diffem, "memory", lambda: 20_000)
+    assert diffem.main(["--observations", "in", *TINY]) == 2
+    error = capsys.readouterr().err
+    assert "12 images like" in error and "--limit" in error and error.count("\n") == 1
