@@ -83,7 +83,7 @@ def evaluate(options: argparse.Namespace) -> None:
         like |= dict(observations="", masks="", invert_masks=False, image_size=H if H == W else 0)
         like = replace(settings, **like)
         reference = diffem.read_images(diffem.image_files(like), like)
-        available = importlib.util.find_spec("torch_fidelity") or "torch_fidelity" in sys.modules
+        available = sys.modules.get("torch_fidelity") or importlib.util.find_spec("torch_fidelity")
         diffem.require(bool(available), "FID needs torch-fidelity: pip install torch-fidelity")
     elif truth is not None:
         reference = diffem.load_images(settings)[0]
