@@ -39,6 +39,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -1163,6 +1164,8 @@ class Settings(Config):
         ok = (self.dataset == "observations") == bool(self.observations)
         require(ok, "--observations FOLDER is the data set, without another one")
         require(self.held_out > 0 or self.dataset in both, "--held-out must be at least 1")
+        ok = Path(self.name).name == self.name != ".." and self.name.isprintable()
+        require(ok, f"--name {self.name!r} must be the name of a folder below runs/")
         own = dict(image_size=("folder", "celeba"), masks=both[1:], invert_masks=both[1:], grey=both)
         own |= dict(skip_bad_images=both)
         for name, places in own.items():
@@ -1460,6 +1463,8 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     path = Path(folder) / "checkpoint.pt"
     require(path.is_file(), f"no checkpoint {path}")
     try:
+        with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
+            require(file.testzip() is None, "a checksum is wrong")
         return Checkpoint(**torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # PyTorch raises many classes
         raise DiffEMError(f"{path} is not a checkpoint of DiffEM, or is damaged") from error
@@ -1471,15 +1476,20 @@ def restore_state(checkpoint: Checkpoint, corruption: Corruption, device="cpu", 
     try:
         for name in ("w", "slope"):  # their shapes depend on the data
             setattr(corruption, name, saved["denoiser"][f"corruption.{name}"])
-        x0, drawn = saved.pop("x0"), saved.pop("drawn")
+        x0, drawn, losses = (saved.pop(name) for name in ("x0", "drawn", "losses"))
         gaussian = Gaussian(list(x0.shape[1:]))
         denoiser = new_denoiser(gaussian, corruption.to(device), checkpoint.settings, device)
         state = new_state(x0[rank::size].to(data_device), denoiser, checkpoint.settings)
-        state.drawn, state.losses[:] = len(range(rank, drawn, size)), saved.pop("losses")
-        for name, value in saved.items():
-            part = getattr(state, name)
+        state.drawn, state.losses[:] = len(range(rank, drawn, size)), losses
+        for name in saved.keys() | vars(state).keys() - {"x0", "drawn", "losses"}:
+            part, value = getattr(state, name), saved[name]
             part.load_state_dict(value) if hasattr(part, "load_state_dict") else setattr(state, name, value)
-    except (KeyError, ValueError, RuntimeError) as error:
+        for p in denoiser.parameters() if state.lap else ():  # fused Adam does not look at the shapes
+            moments = state.optimizer.state[p]
+            require(
+                moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape, "an optimizer's shape"
+            )
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DiffEMError("the weights in the checkpoint are not those of its own settings") from error
     return state
 
@@ -1618,6 +1628,7 @@ def train(run: Run) -> int:
         require(run.digest == checkpoint.data, f"{run.folder} was made from other data")
         checkpoint.settings = settings
         state = restore_state(checkpoint, run.corruption, run.device, y.device)
+        require(settings.laps >= state.lap, f"{run.folder} has reached lap {state.lap} already: raise --laps")
     shape, saved = "{percentage:3.0f} %|{bar}| {elapsed}, {remaining} left{postfix}", time.monotonic()
     bar = tqdm(total=settings.laps, bar_format=shape, disable=rank > 0 or None)
     states = em(y, run.corruption, settings, state, run.device)
@@ -1745,6 +1756,13 @@ def main(argv: list[str] | None = None, **corruptions: type[Corruption]) -> int:
     except KeyboardInterrupt:
         print("diffem: stopped", file=sys.stderr)
         return 130
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
+            raise
+        print(
+            f"diffem: out of memory ({str(error)[:90]}): a smaller --batch or fewer images", file=sys.stderr
+        )
+        return 2
 
 
 if __name__ == "__main__":

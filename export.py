@@ -246,6 +246,7 @@ def read_image(path: Path, channels: int, mask=None, alpha: bool = True, resize=
     (H, W) is False. resize: a function of a Pillow image. Raises ExportError for what cannot be read without
     a doubt."""
     try:
+        require(path.is_file(), "it is not a regular file")
         if path.suffix.lower() == ".npy":
             values = np.atleast_3d(np.load(path, allow_pickle=False))
             require(values.ndim == 3 and values.shape[2] == channels, f"it is an array {values.shape}")
@@ -274,6 +275,7 @@ def open_image(path: Path):
     """A Pillow image, turned upright. Refuses what Pillow would read only in part."""
     from PIL import Image, ImageOps
 
+    require(path.is_file(), "it is not a regular file")
     with Image.open(path) as file:
         frames = getattr(file, "n_frames", 1) if file.format != "MPO" else 1  # phones add a preview to photos
         require(frames == 1, f"it has {frames} pages or frames: save one of them")

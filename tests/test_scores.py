@@ -78,7 +78,7 @@ def test_scores_of_exact_draws_are_calibrated_and_the_best(corruption, generator
 
 def test_the_energy_score_is_that_of_its_definition(generator):
     """For draws of N(0, 1) and values N(0, 1), all hidden ones alike:  E|X - v| - E|X - X'| / 2 in d dimensions."""
-    state, y, settings = gaussian_state(Noise(1e3), generator)  # y says nothing: draws are of the prior
+    state, y, settings = gaussian_state(Noise(4.0), generator)
     state.start = Gaussian([1, 8, 8])
     y = torch.cat([torch.randn(300, 1, 8, 8, generator=generator), torch.ones(300, 1, 8, 8)], 1)
     state.denoiser.corruption.noise = 1e-3

@@ -1,0 +1,164 @@
+"""Faults: damaged checkpoints, odd names, kills. Each kind once."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import diffem
+import export
+
+ROOT = Path(__file__).parents[1]
+TINY = ("--channels 8 8 --blocks 1 --laps 2 --steps 30 --batch 8 --sample-steps 2 --unconditional-steps 2 --start-laps 1 "
+        "--start-rank 4 --limit 60 --held-out 8 --num-samples 2 --device cpu").split()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    root = tmp_path_factory.mktemp("faults")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert diffem.main([*TINY, "--name", "one"]) == 0
+    return root / "runs/one"
+
+
+def fails(arguments, capsys) -> str:
+    capsys.readouterr()
+    assert diffem.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("diffem: "), error
+    return error
+
+
+def copy(run: Path, folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for path in run.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder / "checkpoint.pt"
+
+
+def test_a_flipped_bit_is_not_believed(run, tmp_path, capsys):
+    path, generator = copy(run, tmp_path / "runs/one"), random.Random(0)
+    content, weights = path.read_bytes(), list(diffem.load(path.parent).parameters())
+    refused = 0
+    for _ in range(30):
+        i = generator.randrange(len(content))
+        path.write_bytes(content[:i] + bytes([content[i] ^ 1 << generator.randrange(8)]) + content[i + 1 :])
+        try:  # the padding between two entries has no checksum, and no meaning
+            same = zip(diffem.load(path.parent).parameters(), weights)
+            assert all(torch.equal(ours, theirs) for ours, theirs in same)
+        except diffem.DiffEMError as error:
+            assert "not a checkpoint of DiffEM, or is damaged" in str(error)
+            refused += 1
+    assert refused > 15
+
+
+def change(**values):
+    def changed(content):
+        content["state"] |= values
+
+    return changed
+
+
+def smaller_moments(content):
+    moments = next(iter(content["state"]["optimizer"]["state"].values()))
+    moments["exp_avg"] = torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        smaller_moments,
+        lambda content: content["state"]["optimizer"]["state"].clear(),
+        lambda content: content["settings"].update(batch=1.5),
+        lambda content: content["settings"].update(nonsense=1),
+        lambda content: content["settings"].update(channels="wide"),
+        lambda content: content["state"].pop("average"),
+        lambda content: content["state"].pop("x0"),
+        lambda content: content.pop("data"),
+        lambda content: content["state"]["denoiser"].clear(),
+        change(optimizer=3),
+        change(losses=torch.zeros(7)),
+        change(drawn="many"),
+        change(nonsense=1),
+    ],
+)
+def test_wrong_structures_end_in_one_line(spoil, run, tmp_path, monkeypatch, capsys):
+    path = copy(run, tmp_path / "runs/one")
+    content = torch.load(path, weights_only=True)
+    spoil(content)
+    torch.save(content, path)
+    monkeypatch.chdir(tmp_path)
+    fails(["--resume", "runs/one", "--laps", "3"], capsys)
+
+
+def test_a_spoilt_history_is_written_anew(run, tmp_path, monkeypatch, capsys):
+    copy(run, tmp_path / "runs/one")
+    monkeypatch.chdir(tmp_path)
+    metrics = tmp_path / "runs/one/metrics.jsonl"
+    before = metrics.read_text()
+    metrics.write_text(before[: len(before) // 2])
+    assert diffem.main(["--resume", "runs/one", "--laps", "3"]) == 0
+    assert metrics.read_text().startswith(before) and metrics.read_text().count("\n") == 4
+
+
+@pytest.mark.parametrize("name", ["../out", "a/b", "..", "/tmp/x", "a\nb"])
+def test_names_stay_below_runs(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "below runs/" in fails([*TINY, "--name", name], capsys)
+
+
+def test_fewer_laps_than_are_done(run, tmp_path, monkeypatch, capsys):
+    path = copy(run, tmp_path / "runs/one")
+    content = path.read_bytes()
+    monkeypatch.chdir(tmp_path)
+    assert "has reached lap 2" in fails(["--resume", "runs/one", "--laps", "1"], capsys)
+    assert path.read_bytes() == content
+
+
+def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    error = fails([*TINY, "--channels", "1000000", "1000000"], capsys)
+    assert "memory" in error and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a FIFO")
+def test_what_is_no_regular_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    (tmp_path / "y.png").mkdir()
+    assert export.find_images(tmp_path) == []
+    for name in ("x.png", "y.png"):
+        with pytest.raises(export.ExportError, match="not a regular file"):
+            export.read_image(tmp_path / name, 3)
+
+
+def test_killed_at_any_instant_and_resumed(run, tmp_path):
+    """SIGKILL at random instants of a run: what is resumed ends with the same weights and metrics, byte for byte."""
+    whole, generator = torch.load(run / "checkpoint.pt", weights_only=True)["state"], random.Random(0)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import diffem; print(flush=True); sys.exit(diffem.main(sys.argv[1:]))"
+    arguments, kills = [*TINY, "--name", "one"], 0
+    for _ in range(12):
+        command = [sys.executable, "-c", code, *arguments]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE) as process:
+            process.stdout.readline()  # torch is imported
+            time.sleep(generator.uniform(0.3, 3))
+            if process.poll() is None and kills < 5:
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+            process.stdout.read()
+        if process.returncode == 0:
+            break
+        started = (tmp_path / "runs/one/checkpoint.pt").exists()
+        arguments = ["--resume", "runs/one", "--device", "cpu"] if started else arguments
+    assert process.returncode == 0
+    parts = torch.load(tmp_path / "runs/one/checkpoint.pt", weights_only=True)["state"]
+    assert all(torch.equal(weight, parts["average"][name]) for name, weight in whole["average"].items())
+    assert torch.equal(whole["x0"], parts["x0"])
+    assert (tmp_path / "runs/one/metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
