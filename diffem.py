@@ -76,9 +76,7 @@ def generator_for(device, *key: int) -> torch.Generator:
 def torch_seeded_by(generator: torch.Generator):
     """Seeds torch's global generator, for initial weights, dropout and svd_lowrank, and restores it after."""
     with torch.random.fork_rng([generator.device] if generator.device.type == "cuda" else []):
-        torch.manual_seed(
-            generator.initial_seed() + 1
-        )  # not the seed itself: dropout would repeat its numbers
+        torch.manual_seed(generator.initial_seed() + 1)  # not itself: dropout would repeat its numbers
         yield
 
 
@@ -129,19 +127,13 @@ class Config:
     method: str = setting("sde2m", "sampler", choices=METHODS)
     first_method: str = setting("ddpm", "sampler of E-steps in the first half of the laps", choices=METHODS)
     sample_steps: int = setting(8, "evaluations to restore an image", 1, 1e5)
-    first_sample_steps: int = setting(
-        16, "the same in lap 1, changing to --sample-steps; 0: constant", 0, 1e5
-    )
+    first_sample_steps: int = setting(16, "the same in lap 1, changing from there on; 0: constant", 0, 1e5)
     sample_batch: int = setting(512, "images sampled at once; halved where memory is short", 1)
     unconditional_steps: int = setting(32, "evaluations to sample a new image", 1, 1e5)
-    smoothness: float = setting(
-        0.0, "power of the start's spectrum, photographs 3; 0: white, low rank", 0, 10
-    )
+    smoothness: float = setting(0.0, "power of the start's spectrum; 0: white noise, low rank", 0, 10)
     start_rank: int = setting(32, "rank of the start's covariance if smoothness is 0", 1)
     start_laps: int = setting(8, "EM iterations that fit the start", 1)
-    preconditioning: str = setting(
-        "gaussian", "base of the denoiser; edm: paper", choices=("gaussian", "edm")
-    )
+    preconditioning: str = setting("gaussian", "edm: the paper's", choices=("gaussian", "edm"))
     seed: int = setting(0, "seed of all random numbers", 0, 2**63)
 
     def __post_init__(self):
@@ -160,9 +152,7 @@ class Config:
         last = len(self.channels) - 1
         odd = [i for i in self.attention if i > last or self.channels[i] % self.heads]
         require(last >= 0, "--channels needs a number for each level")
-        require(
-            not odd, f"--attention {odd}: levels are 0 to {last}, channels multiples of {self.heads} heads"
-        )
+        require(not odd, f"--attention {odd}: levels are 0 to {last}, with channels for {self.heads} heads")
         require(self.sigma_min < self.sigma_max, "--sigma-min must be below --sigma-max")
 
     def e_step_sampler(self, lap: int) -> tuple[int, str]:
@@ -236,9 +226,7 @@ class Corruption(nn.Module):
     block = 1  # side of the blocks of T; 0: the whole image
     patch = 1  # side of the squares that are observed together
     masks = None  # (K, 1, H, W): observed masks, used in place of `mask`
-    rescale = (
-        False  # the default of --rescale if the start is smooth: is the same detail lost in every image?
-    )
+    rescale = False  # the default of --rescale: is the same detail lost in every image?
     smoothness = 0.0  # the least default of --smoothness
     limits = {}  # of the arguments by name: (low, high)
 
@@ -414,9 +402,8 @@ class Downsample(Linear):
 
     def A(self, x: Tensor) -> Tensor:
         H, W = x.shape[-2:]
-        require(
-            H % self.factor == W % self.factor == 0, f"{H}x{W} pixels cannot be downsampled by {self.factor}"
-        )
+        ok = H % self.factor == W % self.factor == 0
+        require(ok, f"{H}x{W} pixels cannot be downsampled by {self.factor}")
         return F.interpolate(F.avg_pool2d(x, self.factor), size=(H, W), mode="nearest")
 
     def eps(self, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -508,6 +495,9 @@ def mask_patches(y: Tensor, fraction: Tensor, side: int, generator: torch.Genera
 # ---- The start: a Gaussian which knows that images are smooth ---------------------------------------------
 
 
+Pair = tuple[Tensor, Tensor]
+
+
 class Gaussian(nn.Module):
     """x ~ N(mean, Sigma), Sigma = S + U U^T. S is diagonal in the DCT of the image and in opponent colours,
     where it falls with the frequency, S_ij = scale / (1 + i^2 + j^2)^(power / 2). U is of low rank, for
@@ -544,9 +534,8 @@ class Gaussian(nn.Module):
             kept = min(self.rank, d - 1, N - 1)
             U, variance = U[:, :kept], singular[:kept].square() / N
         # Probabilistic PCA (Tipping & Bishop 1999): S is what U leaves,  U <- U (variance - U^T S U)^(1/2)
-        rest = (z.square().mean(0) - U.square() @ variance).clamp_min(0).view(x.shape[1:]) * (
-            d / (d - U.shape[1])
-        )
+        rest = (z.square().mean(0) - U.square() @ variance).clamp_min(0).view(x.shape[1:])
+        rest = rest * (d / (d - U.shape[1]))
         # The power of maximum likelihood:  min_p log mean(rest / shape_p) + mean log shape_p
         powers = torch.linspace(0, 6 if self.power.any() else 0, 121, device=x.device).view(-1, 1, 1, 1)
         shapes = self.shape(*x.shape[-2:], powers)
@@ -586,9 +575,7 @@ class Gaussian(nn.Module):
             q = q - (z.flatten(1) @ self.V @ self.V.T).view(z.shape)
         return rows.T @ q @ columns
 
-    def posterior(
-        self, y: Tensor, wh: tuple[Tensor, Tensor], mean: Tensor, block: int, steps: int
-    ) -> tuple[Tensor, Tensor]:
+    def posterior(self, y: Tensor, wh: Pair, mean: Tensor, block: int, steps: int) -> Pair:
         """Mean and variances of t = T x under log p(x) + sum (h t - w t^2 / 2), p with another mean.
 
         T has blocks of `block`. wh: w and h, (B, C, H, W); y, their source, gives a first guess. Solves
@@ -833,7 +820,7 @@ class Denoiser(nn.Module):
             raise DiffEMError(f"observations must be (B, {C + 1}, H, W), the mask last, not {list(y.shape)}")
         return [y.shape[0], C, y.shape[2], y.shape[3]]
 
-    def posterior(self, xt: Tensor, sigma: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def posterior(self, xt: Tensor, sigma: Tensor, y: Tensor) -> Pair:
         """G and v, both (B, C, H, W). sigma: (B, 1, 1, 1)."""
         block, w = self.likelihood.block, self.likelihood.precision(y) + sigma**-2
         h = self.likelihood.product(y) + self.likelihood.T(xt) / sigma**2
@@ -927,9 +914,7 @@ class State:
         require(not step, f"the loss is not finite in lap {self.lap}, step {step}: try a lower --lr")
 
 
-def new_denoiser(
-    gaussian: Gaussian, corruption: Corruption, config: Config, device, cls=Denoiser
-) -> Denoiser:
+def new_denoiser(gaussian: Gaussian, corruption: Corruption, config: Config, device, cls=Denoiser):
     """A denoiser of random weights. Only its network computes in bfloat16, where that is fast."""
     with torch_seeded_by(generator_for("cpu", config.seed, 0, 2)):
         denoiser = cls(gaussian, corruption, config)
@@ -950,9 +935,8 @@ def new_state(x0: Tensor, denoiser: nn.Module, config: Config) -> State:
         denoiser.network.compile()
         average.module.network.compile()
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.lr, fused=True)
-    return State(
-        x0, denoiser, average, optimizer, torch.zeros(config.steps, device=device), config.sample_batch
-    )
+    losses = torch.zeros(config.steps, device=device)
+    return State(x0, denoiser, average, optimizer, losses, config.sample_batch)
 
 
 def fit(y: Tensor, corruption: Corruption, config: Config, device=None) -> Denoiser:
@@ -994,10 +978,10 @@ def check_observations(y: Tensor) -> None:
     value, m = y[:, :-1], y[:, -1:]
     require(y.dtype == torch.float32, f"observations must be float32, not {y.dtype}")
     require(
-        bool(((m == 0) | (m == 1)).all()), "the last channel of y must be 1 where a pixel is observed, else 0"
+        not ((m != 0) & (m != 1)).any(), "the last channel of y must be 1 where a pixel is observed, else 0"
     )
-    require(bool(value.isfinite().all()), "y has values that are not finite: set missing pixels to 0")
-    require(bool((value * (1 - m) == 0).all()), "y must be 0 where its last channel is: y * y[:, -1:]")
+    require(value.isfinite().all(), "y has values that are not finite: set missing pixels to 0")
+    require((value * (1 - m) == 0).all(), "y must be 0 where its last channel is: y * y[:, -1:]")
     low, high = float(value.min()), float(value.max())
     ok = -20 < low and high < 20 and (low < 0 or high > 1 or high == low)
     require(ok, f"values of y are from {low:.3g} to {high:.3g}, but black is -2 and white 2")
@@ -1086,11 +1070,8 @@ def augment(x0: Tensor, config: Config, generator: torch.Generator) -> Tensor:
     if config.crop:
         # The corruption's blocks then lie elsewhere on each image: what they lose at one place is learnt at
         # another. The crop's border is an image's: the U-Net pads it by 0, the corruption mirrors it
-        corner = [
-            torch.randint(n - config.crop + 1, (len(x0), 1, 1, 1), generator=generator, device=x0.device)
-            for n in x0.shape[2:]
-        ]
-        i = torch.arange(config.crop, device=x0.device)
+        i, where = torch.arange(config.crop, device=x0.device), dict(generator=generator, device=x0.device)
+        corner = [torch.randint(n - config.crop + 1, (len(x0), 1, 1, 1), **where) for n in x0.shape[2:]]
         x0 = x0.take_along_dim(corner[0] + i[:, None], 2).take_along_dim(corner[1] + i, 3)
     return x0
 
@@ -1139,9 +1120,7 @@ class Settings(Config):
     """The settings of a run of the command line: each field but `parameters` is a flag."""
 
     dataset: str = setting("digits", "data set; folder: clean images, to be corrupted", choices=DATASETS)
-    observations: str = setting(
-        "", "folder of corrupted images; missing pixels are transparent or NaN (.npy)"
-    )
+    observations: str = setting("", "folder of corrupted images; missing pixels are transparent or NaN")
     masks: str = setting("", "folder of images named like the observations, black where a pixel is missing")
     invert_masks: bool = setting(False, "masks are white where a pixel is missing")
     preset: str = setting("small", "for a CPU, or the paper's network and schedule", choices=KINDS)
@@ -1288,15 +1267,11 @@ def read_images(files: list[Path], settings: Settings) -> Tensor:
             require(settings.skip_bad_images, f"{error}; --skip-bad-images leaves such images out")
             continue
         if not pictures:
-            need, have = (
-                3 * len(files) * picture.y.nbytes,
-                memory(),
-            )  # for observations, reconstructions, work
-            advice = "--limit, or --image-size" if not own else "--limit"
-            message = (
-                f"{len(files)} images like {path} need {need / 1e9:.3g} GB, more than there is: {advice}"
+            need = 3 * len(files) * picture.y.nbytes / 1e9  # for observations, reconstructions and work
+            advice = "fewer (--limit)" if own else "smaller ones (--image-size) or fewer (--limit)"
+            require(
+                need < memory() / 1e9, f"{len(files)} images like {path} need {need:.3g} GB: take {advice}"
             )
-            require(need < have, message)
             images = torch.empty(len(files), *picture.y.shape)
         (H, W), (H0, W0) = picture.y.shape[1:], images.shape[2:]
         message = f"images of mixed sizes: {path} has {W}x{H} pixels, others {W0}x{H0}"
@@ -1308,9 +1283,8 @@ def read_images(files: list[Path], settings: Settings) -> Tensor:
     images = images[: len(pictures)]
     missing = 1 - float(images[:, -1].mean())
     require(missing < 1, f"every pixel is missing in {settings.observations}")
-    line = (
-        f"{summary(pictures)}, {len(files) - len(pictures)} left out, {W}x{H} pixels, {missing:.1%} missing"
-    )
+    left_out = len(files) - len(pictures)
+    line = f"{summary(pictures)}, {left_out} left out, {W}x{H} pixels, {missing:.1%} missing"
     hint = bool(settings.masks) and missing > 0.5 and not settings.invert_masks
     print(line + "; if white pixels of the masks are the missing ones: --invert-masks" * hint)
     return images if own else images[:, :-1]
@@ -1486,9 +1460,7 @@ def restore_state(checkpoint: Checkpoint, corruption: Corruption, device="cpu", 
             part.load_state_dict(value) if hasattr(part, "load_state_dict") else setattr(state, name, value)
         for p in denoiser.parameters() if state.lap else ():  # fused Adam does not look at the shapes
             moments = state.optimizer.state[p]
-            require(
-                moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape, "an optimizer's shape"
-            )
+            require(moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape, "optimizer")
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise DiffEMError("the weights in the checkpoint are not those of its own settings") from error
     return state
@@ -1528,9 +1500,8 @@ def make_parser(defaults: dict, parameters: dict) -> Parser:
     parser = Parser(description=__doc__.partition("\n")[0], epilog=f"presets: {presets}", allow_abbrev=False)
     parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110)
     flags = {f.name: (f.default, f.metadata["help"]) for f in fields(Settings) if f.metadata}
-    flags |= {
-        name: (value, f"of --corruption {defaults['corruption']}") for name, value in parameters.items()
-    }
+    own = f"of --corruption {defaults.get('corruption')}"
+    flags |= {name: (value, own) for name, value in parameters.items()}
     for name, (default, text) in flags.items():
         kind = dict(type=int, nargs="*") if isinstance(default, tuple) else dict(type=type(default))
         kind = dict(action=argparse.BooleanOptionalAction) if isinstance(default, bool) else kind
@@ -1635,10 +1606,8 @@ def train(run: Run) -> int:
     first = [next(states)] if state is None else []  # Ctrl-C ends lap 0 at once: there is nothing to save yet
     with stop_signals() as stop, bar:
         for state in itertools.chain(first, states):
-            done = (
-                state.lap - 1 + (state.step / settings.steps + state.drawn / len(y)) / 2 if state.lap else 0
-            )
-            bar.update(done - bar.n)
+            done = state.lap - 1 + (state.step / settings.steps + state.drawn / len(y)) / 2
+            bar.update(max(0, done) - bar.n)
             if state.step % 20 == 0 and 0 < state.step < settings.steps:
                 loss = state.losses[state.step - 20 : state.step].mean()
                 bar.set_postfix_str(f"lap {state.lap}, loss {loss:.3f}")
@@ -1759,9 +1728,7 @@ def main(argv: list[str] | None = None, **corruptions: type[Corruption]) -> int:
     except (RuntimeError, MemoryError) as error:
         if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
             raise
-        print(
-            f"diffem: out of memory ({str(error)[:90]}): a smaller --batch or fewer images", file=sys.stderr
-        )
+        print(f"diffem: out of memory: a smaller --batch, or fewer images ({error!r:.90})", file=sys.stderr)
         return 2
 
 
