@@ -10,7 +10,7 @@ corruption. A conditional diffusion model q(x0 | y) is trained and sampled in tu
                               lambda(sigma) || D_theta(x0 + sigma eps, sigma, y) - x0 ||^2         (Eq. 10)
         E-step   X(lap)_i ~ q_theta(x0 | y_i)    by diffusion, from sigma_max down to sigma_min
 
-The real observations y_i are used in the E-step only. In the M-step y is drawn from Q anew for every batch.
+In the laps, the real observations y_i are used in the E-step only; in the M-step y ~ Q is new in every batch.
 
     python diffem.py                        # 8x8 digits, half of the pixels missing: minutes on a laptop
     python diffem.py --dataset cifar10      # the paper's experiment (without a GPU, a small version of it)
@@ -127,7 +127,7 @@ class Config:
     method: str = setting("sde2m", "sampler", choices=METHODS)
     first_method: str = setting("ddpm", "sampler of E-steps in the first half of the laps", choices=METHODS)
     sample_steps: int = setting(8, "evaluations to restore an image", 1, 1e5)
-    first_sample_steps: int = setting(16, "the same in lap 1, changing from there on; 0: constant", 0, 1e5)
+    first_sample_steps: int = setting(16, "the same in lap 1, growing to --sample-steps; 0: constant", 0, 1e5)
     sample_batch: int = setting(512, "images sampled at once; halved where memory is short", 1)
     unconditional_steps: int = setting(32, "evaluations to sample a new image", 1, 1e5)
     smoothness: float = setting(0.0, "power of the start's spectrum; 0: white noise, low rank", 0, 10)
@@ -140,7 +140,7 @@ class Config:
         for f in (f for f in fields(self) if f.metadata):
             value, name = getattr(self, f.name), f.name.replace("_", "-")
             if isinstance(f.default, tuple):
-                value = tuple(value)
+                value = tuple(value) if isinstance(value, (list, tuple)) else (value,)
                 setattr(self, f.name, value)
             kinds = {float: (int, float), tuple: int}.get(type(f.default), type(f.default))
             low, high, words = (f.metadata[key] for key in ("low", "high", "choices"))
@@ -216,15 +216,17 @@ class Corruption(nn.Module):
     """The known law y ~ Q(. | x0): one object corrupts in the data set, the M-step and every metric.
 
     A subclass defines `A` if it is not the identity, `mask` if it hides pixels, `eps` if the noise is not
-    white, `observe` if it depends on x. The arguments of its __init__ have defaults; they become flags, and
-    attributes if passed on to this one. What y says about x, w and h, is measured on draws of the start in
-    the basis that `block` names, and need not be exact. A subclass of `Linear` gives it by a formula instead.
+    white, `observe` if the noise depends on x. The arguments of its __init__ have defaults; they become
+    flags, and attributes if passed on to this one. What y says about x, w and h, is measured on draws of the
+    start in the basis that `block` names, and need not be exact. A subclass of `Linear` gives it by a formula
+    instead.
     """
 
     __constants__ = ["noise", "block", "patch"]
     noise = 0.0  # s
     block = 1  # side of the blocks of T; 0: the whole image
     patch = 1  # side of the squares that are observed together
+    multiple = 1  # of which the sides of images must be multiples
     masks = None  # (K, 1, H, W): observed masks, used in place of `mask`
     rescale = False  # the default of --rescale: is the same detail lost in every image?
     smoothness = 0.0  # the least default of --smoothness
@@ -261,7 +263,8 @@ class Corruption(nn.Module):
         if self.masks is None:
             return self.observe(x, self.mask(x, generator), generator)
         i = torch.randint(len(self.masks), (len(x),), generator=generator, device=x.device)
-        return self.observe(x, self.masks[i].to(x.dtype), generator)
+        m = F.interpolate(self.masks[i].to(x.dtype), size=x.shape[2:], mode="nearest")  # of crops and copies
+        return self.observe(x, m, generator)
 
     def observe(self, x: Tensor, m: Tensor, generator: torch.Generator) -> Tensor:
         """y = m (A x + s eps), with m (B, 1, H, W) as its last channel."""
@@ -398,7 +401,7 @@ class Downsample(Linear):
 
     def __init__(self, factor: int = 2, noise: float = 0.01):
         super().__init__(factor=factor, noise=noise)
-        self.patch = self.block = factor
+        self.patch = self.block = self.multiple = factor
 
     def A(self, x: Tensor) -> Tensor:
         H, W = x.shape[-2:]
@@ -777,6 +780,8 @@ def sampler(method: str, steps: int, sigma_min: float, sigma_max: float) -> list
     """
     if method != "ddpm" and method != "ddim" and method != "sde2m" and method != "dpm2m":
         raise DiffEMError(f"unknown method {method}: ddpm, ddim, sde2m, dpm2m")
+    if steps < 1:
+        raise DiffEMError(f"steps must be at least 1, not {steps}")
     table: list[Step] = []
     levels = [sigma_max * (sigma_min / sigma_max) ** (i / max(steps - 1, 1)) for i in range(steps)] + [0.0]
     for i in range(steps):
@@ -976,6 +981,7 @@ def em(y: Tensor, corruption: Corruption, config: Config, state: State | None = 
 def check_observations(y: Tensor) -> None:
     """Raises DiffEMError if y (N, C + 1, H, W) is not what the docstring of this file says."""
     value, m = y[:, :-1], y[:, -1:]
+    require(len(y) > 0, "there are no observations")
     require(y.dtype == torch.float32, f"observations must be float32, not {y.dtype}")
     require(
         not ((m != 0) & (m != 1)).any(), "the last channel of y must be 1 where a pixel is observed, else 0"
@@ -983,7 +989,7 @@ def check_observations(y: Tensor) -> None:
     require(value.isfinite().all(), "y has values that are not finite: set missing pixels to 0")
     require((value * (1 - m) == 0).all(), "y must be 0 where its last channel is: y * y[:, -1:]")
     low, high = float(value.min()), float(value.max())
-    ok = -20 < low and high < 20 and (low < 0 or high > 1 or high == low)
+    ok = -30 < low and high < 30 and (low < 0 or high > 1 or high == low)
     require(ok, f"values of y are from {low:.3g} to {high:.3g}, but black is -2 and white 2")
 
 
@@ -1006,7 +1012,8 @@ def m_step(state: State, config: Config, generator: torch.Generator) -> None:
     probability p_unconditional y is replaced by 0. If the corruption hides no pixels, with the same
     probability a random part of y is hidden, as the scores do."""
     corruption, p, device = state.denoiser.corruption, config.p_unconditional, generator.device
-    x0 = augment(random_images(state.x0, config.batch // ranks()[1], generator), config, generator)
+    x0 = random_images(state.x0, config.batch // ranks()[1], generator)
+    x0 = augment(x0, config, generator, math.lcm(4, corruption.multiple))
     y = corruption(x0, generator)
     nothing = torch.rand(len(y), generator=generator, device=device) < p
     y = y.masked_fill(nothing.view(-1, *[1] * (y.ndim - 1)), 0)
@@ -1051,9 +1058,10 @@ def random_images(x0: Tensor, number: int, generator: torch.Generator) -> Tensor
     return x0[i].pin_memory().to(generator.device, non_blocking=True).float()  # while the GPU is busy
 
 
-def augment(x0: Tensor, config: Config, generator: torch.Generator) -> Tensor:
+def augment(x0: Tensor, config: Config, generator: torch.Generator, multiple: int = 4) -> Tensor:
     """Mirrored images, slightly other hues (up to 0.01 of a turn) and saturations (up to 5 %), as published;
-    smaller copies, by a factor down to 1/2 for the whole batch; squares cut out at random places."""
+    smaller copies, by a factor down to 1/2 for the whole batch, their sides multiples of a number; random
+    squares."""
     mirror, turn, saturation = torch.rand(3, len(x0), 1, 1, 1, generator=generator, device=x0.device)
     if config.flip:
         x0 = torch.where(mirror < 0.5, x0.flip(3), x0)
@@ -1065,13 +1073,15 @@ def augment(x0: Tensor, config: Config, generator: torch.Generator) -> Tensor:
         x0 = grey + (0.95 + 0.1 * saturation) * (angle.cos() * chroma + angle.sin() * cross)
     if config.rescale:
         factor = 1 - torch.rand(1, generator=generator, device=x0.device).item() / 2
-        size = [4 * max(1, round(n * factor / 4)) for n in x0.shape[2:]]
+        size = [multiple * max(1, round(n * factor / multiple)) for n in x0.shape[2:]]
         x0 = F.interpolate(x0, size=size, mode="bicubic", antialias=True)
     if config.crop:
         # The corruption's blocks then lie elsewhere on each image: what they lose at one place is learnt at
-        # another. The crop's border is an image's: the U-Net pads it by 0, the corruption mirrors it
-        i, where = torch.arange(config.crop, device=x0.device), dict(generator=generator, device=x0.device)
-        corner = [torch.randint(n - config.crop + 1, (len(x0), 1, 1, 1), **where) for n in x0.shape[2:]]
+        # another. Its border is treated as that of an image: the U-Net pads it by 0, the corruption mirrors
+        # it
+        crop, where = min(config.crop, *x0.shape[2:]), dict(generator=generator, device=x0.device)
+        corner = [torch.randint(n - crop + 1, (len(x0), 1, 1, 1), **where) for n in x0.shape[2:]]
+        i = torch.arange(crop, device=x0.device)
         x0 = x0.take_along_dim(corner[0] + i[:, None], 2).take_along_dim(corner[1] + i, 3)
     return x0
 
@@ -1129,7 +1139,7 @@ class Settings(Config):
     grey: bool = setting(False, "read images as grey")
     skip_bad_images: bool = setting(False, "leave out images that cannot be read")
     limit: int = setting(0, "train on so many images; 0: on all", 0, 1e9)
-    held_out: int = setting(256, "images held out for metrics; folder, observations: 0 for a twentieth")
+    held_out: int = setting(256, "images held out for metrics; 0 (folder, observations): a part")
     num_samples: int = setting(8, "restorations of each held-out image, for their mean and spread", 2, 1000)
     corruption: str = setting("mask", ", ".join(CORRUPTIONS))
     parameters: dict = field(default_factory=dict)  # of the corruption
@@ -1214,11 +1224,16 @@ def torchvision_images(settings: Settings) -> tuple[Tensor, Tensor]:
     )[name]
     flags = [dict(split="train"), dict(split="test")]
     flags = flags if name == "celeba" else [dict(train=True), dict(train=False)]
+    rank, size = ranks()
+    if rank > 0:
+        dist.barrier()  # the first process downloads
     try:
         parts = [getattr(datasets, source)(root, download=True, **flag) for flag in flags]
     except Exception as error:  # torchvision and gdown raise many classes
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DiffEMError(f"cannot download {name} ({reason}): put {files} into {root.resolve()}") from error
+    if rank == 0 and size > 1:
+        dist.barrier()
     if name == "celeba":
         names = parts[0].filename[: settings.limit or None], parts[1].filename[: settings.held_out]
         files = [[root / "celeba/img_align_celeba" / file for file in part] for part in names]
@@ -1485,8 +1500,10 @@ def load(
 
 def parameters_of(corruption: type[Corruption]) -> dict:
     """The arguments of a corruption with their defaults."""
-    arguments = inspect.signature(corruption).parameters.values()
-    return {p.name: p.default for p in arguments if p.kind != p.VAR_KEYWORD}
+    arguments = [p for p in inspect.signature(corruption).parameters.values() if p.kind != p.VAR_KEYWORD]
+    odd = [p.name for p in arguments if p.default is p.empty or p.name in Settings.__dataclass_fields__]
+    require(not odd, f"{corruption.__name__}: {odd} need defaults, and names that are not those of settings")
+    return {p.name: p.default for p in arguments}
 
 
 class Parser(argparse.ArgumentParser):
@@ -1563,11 +1580,16 @@ class Run:
 
 
 def prepare(settings: Settings) -> Run:
-    """Reads or makes the observations, and chooses the folder."""
+    """Chooses the folder, and reads or makes the observations."""
     rank, size = ranks()
     cuda = torch.cuda.is_available() and settings.device != "cpu"
     require(cuda or settings.device != "cuda", "there is no CUDA device here: --device cpu")
     device, corruption = "cuda" if cuda else "cpu", CORRUPTIONS[settings.corruption](**settings.parameters)
+    stem = f"{settings.dataset}-{settings.corruption}"
+    free = (f"{stem}-{i}" for i in itertools.count(1) if not Path("runs", f"{stem}-{i}").exists())
+    folder = Path(settings.resume or Path("runs", settings.name or next(free)))
+    taken = not settings.resume and (folder / "checkpoint.pt").exists()
+    require(not taken, f"{folder} exists: choose another --name, or continue it by --resume {folder}")
     data = observe(settings, corruption)
     require(bool(data.y.isfinite().all()), f"{settings.corruption} gives values that are not finite")
     number, digest = len(data.y), hashlib.sha256(data.y.numpy().tobytes()).hexdigest()
@@ -1576,11 +1598,6 @@ def prepare(settings: Settings) -> Run:
     data.y, data.held_out = y.to(device if fits else "cpu"), data.held_out.to(device)
     data.truth = None if data.truth is None else data.truth.to(device)
     corruption.masks = None if corruption.masks is None else corruption.masks.to(device)
-    stem = f"{settings.dataset}-{settings.corruption}"
-    free = (f"{stem}-{i}" for i in itertools.count(1) if not Path("runs", f"{stem}-{i}").exists())
-    folder = Path(settings.resume or Path("runs", settings.name or next(free)))
-    taken = not settings.resume and (folder / "checkpoint.pt").exists()
-    require(not taken, f"{folder} exists: choose another --name, or continue it by --resume {folder}")
     shown = {name: value for name, value in settings.parameters.items() if value != ()}
     shown |= dict(quality="of the files", tables="of the files") if "tables" in shown else {}
     shown |= {} if corruption.masks is None else dict(rate="of the observed masks")
@@ -1621,7 +1638,9 @@ def train(run: Run) -> int:
                 save_checkpoint(run.folder, state, settings, run.digest)
                 saved = time.monotonic()
             if stopping:
-                bar.write(f"stopped in lap {state.lap}; to continue: python diffem.py --resume {run.folder}")
+                bar.write(
+                    f"stopped in lap {state.lap}; to continue: python {sys.argv[0]} --resume {run.folder}"
+                )
                 return 130
     if rank == 0:
         first, last, best = state.history[0], state.history[-1], best_row(state.history)

@@ -22,9 +22,11 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import functools
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -129,6 +131,9 @@ def describe(denoiser, settings, half: bool) -> dict:
         masked_noise=corruption.noise
         if isinstance(corruption, Mask)
         else 4.0,  # s of pixels that are observed
+        grid=math.lcm(
+            16, 2 ** (len(settings.channels) - 1), corruption.patch
+        ),  # of the tiles of a large image
         multiple=2 ** (len(settings.channels) - 1),  # of the sides that the U-Net halves without a rest
     )
 
@@ -187,7 +192,7 @@ def export(folder: str, out: str = "", half: bool = False, best: bool = False, c
         for path, error in errors.items():
             final = path.replace(path.with_suffix(""))
             print(f"{final}: {final.stat().st_size / 1e6:.1f} MB, largest error against PyTorch {error:.1e}")
-    except OSError:
+    except (OSError, ImportError):
         raise
     except Exception as error:  # torch.jit, torch.onnx and onnxruntime raise many classes
         reason = " ".join(str(error).split())[:200]
@@ -236,9 +241,20 @@ def find_images(folder: Path, arrays: bool = False, ignore: Path | None = None) 
 def find_mask(path: Path, folder: str | Path, masks: str | Path) -> Path:
     """The image in `masks` named like an image in `folder`, with any ending."""
     name = Path(masks) / path.relative_to(folder)
-    files = [file for file in name.parent.glob("*") if file.stem == name.stem and file.name[0] != "."]
+    changed = name.parent.stat().st_mtime_ns if name.parent.is_dir() else 0
+    files = names_in(name.parent, changed).get(name.stem, [])
     require(len(files) == 1, f"{path}: {len(files)} masks {name.with_suffix('')}.*")
     return files[0]
+
+
+@functools.lru_cache(16)
+def names_in(folder: Path, changed: int) -> dict[str, list[Path]]:
+    """The files of a folder by their names without ending."""
+    found = {}
+    for file in folder.glob("*") if changed else ():
+        if file.name[0] != ".":
+            found.setdefault(file.stem, []).append(file)
+    return found
 
 
 def read_image(path: Path, channels: int, mask=None, alpha: bool = True, resize=None) -> Picture:
@@ -293,6 +309,7 @@ def read_pixels(path: Path, channels: int, alpha: bool, resize) -> Picture:
     """An image file, see `read_image`."""
     image = open_image(path)
     extra = {name: image.info[name] for name in ("icc_profile", "dpi", "exif") if image.info.get(name)}
+    extra.pop("icc_profile" if image.mode == "CMYK" else "", None)  # what is written is RGB
     grey, transparent = channels == 1 or image.mode[0] in "1LIF", image.info.get("transparency")
     if image.mode == "F":
         values = np.asarray(resize(image) if resize else image, np.float32)
@@ -448,9 +465,10 @@ class Restorer:
     ) -> np.ndarray:
         """As `__call__`, with a seed for each row. Observed pixels are kept if the noise is below `exact`."""
         meta, y = self.metadata, np.asarray(y, np.float32)
-        C, multiple, (H, W) = meta["channels"], meta["multiple"], y.shape[-2:]
+        C, multiple = meta["channels"], meta["multiple"]
         ok = y.ndim == 4 and y.shape[1] == C + 1 and len(y) > 0
         require(ok, f"observations must be (N, {C + 1}, H, W), not {y.shape}")
+        H, W = y.shape[-2:]
         require(bool(np.isfinite(y).all()), "the observations have values that are not finite")
         m = y[:, -1:]
         require(bool(((m == 0) | (m == 1)).all()), "the last channel of the observations must be 0 or 1")
@@ -495,8 +513,9 @@ class Restorer:
         the image's."""
         total, weights = np.zeros_like(xt), np.zeros(xt.shape[-2:], np.float32)
         none = dict(coefficients=np.zeros(4, np.float32), sigma=np.full(len(y), sigma))
-        for rows, row in tiles(xt.shape[-2]):
-            for columns, column in tiles(xt.shape[-1]):
+        grid = self.metadata["grid"]
+        for rows, row in tiles(xt.shape[-2], grid):
+            for columns, column in tiles(xt.shape[-1], grid):
                 part = np.ascontiguousarray(xt[..., rows, columns])
                 inputs = none | dict(xt=part, y=np.ascontiguousarray(y[..., rows, columns]))
                 (x0,) = self.session.run(["x0"], inputs | dict(x0_previous=part, noise=part))
@@ -506,20 +525,17 @@ class Restorer:
         return total / weights
 
 
-def tiles(n: int) -> list[tuple[slice, np.ndarray]]:
-    """Parts of a side of n pixels, about TILE long, that begin at multiples of 16, with the weights of their
-    pixels."""
+def tiles(n: int, grid: int = 16) -> list[tuple[slice, np.ndarray]]:
+    """Parts of a side of n pixels, about TILE long, that begin at multiples of `grid`, with the weights of
+    their pixels."""
     number = max(1, -(-(n - OVERLAP) // (TILE - OVERLAP)))
-    first = (
-        [16 * round(i * (n - TILE) / max(1, number - 1) / 16) for i in range(number)] if number > 1 else [0]
-    )
+    first = [grid * round(i * (n - TILE) / max(1, number - 1) / grid) for i in range(number)]
+    first = first if number > 1 else [0]
     last = [start + TILE for start in first[:-1]] + [n]
     parts = []
     for i, (start, stop) in enumerate(zip(first, last)):
         near = np.arange(stop - start) + 0.5  # to the edges; a quarter of the overlap is not used at all
-        near = np.minimum(near if i else np.inf, near[::-1] if i < number - 1 else np.inf) * np.ones(
-            stop - start
-        )
+        near = np.minimum(near + 1e9 * (i == 0), near[::-1] + 1e9 * (i == number - 1))
         parts.append((slice(start, stop), np.clip(near / OVERLAP * 2 - 0.5, 1e-6, 1).astype(np.float32)))
     return parts
 
@@ -568,13 +584,16 @@ def targets(inputs: list[str], out: Path) -> dict[Path, tuple[Path, Path]]:
 
 def observation(path: Path, folder: Path, metadata: dict, options: argparse.Namespace) -> Picture:
     """An image file as the model takes it."""
-    mask, corruption = options.mask and Path(options.mask), metadata["corruption"]
+    mask, corruption = options.masks and Path(options.masks), metadata["corruption"]
     mask = find_mask(path, folder, mask) if mask and mask.is_dir() else mask
     mask = read_mask(mask, options.invert_masks) if mask else None
     picture = read_image(path, metadata["channels"], mask)
     ok = metadata["masks"] or picture.y[-1].all()
     require(ok, f"{path}: no pixels may be missing where the corruption is {corruption}")
+    (H, W), least = picture.y.shape[1:], metadata["multiple"]
     factor = metadata["parameters"]["factor"] if corruption == "downsample" else 1
+    small = f"{path} has {H}x{W} pixels: the model takes {least}x{least} or more"
+    require(metadata["masks"] or min(H, W) * factor >= least, small)
     picture.y = picture.y.repeat(factor, 1).repeat(factor, 2)  # y has the size of x
     return picture
 
@@ -584,7 +603,7 @@ def restore(options: argparse.Namespace) -> None:
     are named in the end, and raise ExportError unless they may be skipped; the others are restored all the
     same."""
     restorer, out, samples = Restorer(options.model, options.device), Path(options.out), options.samples
-    meta, waiting, bad, done = restorer.metadata, {}, [], 0
+    meta, waiting, bad, done, full_views = restorer.metadata, {}, [], 0, 0
     steps, method = options.steps or meta["steps"], options.method or meta["method"]
     sampler(method, steps, 1, 2)  # raises if there is no such method or number
     require(samples >= 1 and options.seed >= 0, "--samples must be at least 1 and --seed 0")
@@ -608,6 +627,7 @@ def restore(options: argparse.Namespace) -> None:
         except ExportError as error:
             bad.append(str(error))
             continue
+        full_views += bool(meta["masks"] and picture.y[-1].all())
         last = next(iter(waiting.values()), picture)
         full = len(waiting) * samples * picture.y[0].size > PIXELS[restorer.device]
         if waiting and (full or last.y.shape != picture.y.shape or last.levels != picture.levels):
@@ -618,6 +638,11 @@ def restore(options: argparse.Namespace) -> None:
         waiting[target] = picture
     if waiting:
         flush()
+    if full_views:
+        print(
+            f"no pixel is missing in {full_views} of {len(files)} images: alpha, NaN or --masks?",
+            file=sys.stderr,
+        )
     print(f"{out}: {len(files) - len(bad)} restored, {samples} samples each, by {steps} steps of {method}")
     more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
     require(
@@ -644,7 +669,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.flag("inputs", nargs="+", help="images, or folders of them; missing pixels are transparent")
         parser.flag("-o", "--out", default="restored", help="folder for the results")
         parser.flag(
-            "--mask", help="image, black where a pixel is missing, or a folder of such, named as the inputs"
+            "--masks", help="image, black where a pixel is missing, or a folder of such, named as the inputs"
         )
         parser.flag("--invert-masks", action="store_true", help="masks are white where a pixel is missing")
         parser.flag("--skip-bad-images", action="store_true", help="no error for images that cannot be read")
@@ -669,7 +694,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = parse(argv)
         restore(options) if argv[0] == "restore" else export(**vars(options))
-    except OSError as error:
+    except (OSError, ImportError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

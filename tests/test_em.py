@@ -270,3 +270,23 @@ def test_residual_and_spread_of_the_true_posterior(generator):
         metrics["psnr_mean"] == pytest.approx(psnr(x.mean(0), x0)) and metrics["psnr"] < metrics["psnr_mean"]
     )
     assert accuracy(x, y, None, corruption).keys() == {"residual", "spread"}
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(rescale=True), dict(crop=5), dict(crop=100), dict(rescale=True, crop=7)]
+)
+@pytest.mark.parametrize("corruption", [Mask(0.5), diffem.Jpeg(30), diffem.Blur(), diffem.Downsample(3)])
+def test_crops_and_copies_with_observed_masks_and_with_blocks(changes, corruption, generator):
+    x0 = torch.rand(16, 3, 24, 24, generator=generator) * 4 - 2
+    if isinstance(corruption, diffem.Downsample) and "crop" in changes:
+        return  # crops of any size have no whole blocks, and say so
+    masks = torch.rand(5, 1, 24, 24, generator=generator) > 0.5
+    corruption.masks = None if isinstance(corruption, diffem.Downsample) else masks
+    corruption.learn(x0, generator)
+    config = Config(**TINY | dict(batch=4, steps=9), **changes)
+    state = new_state(x0, new_denoiser(Gaussian([3, 24, 24]), corruption, config, "cpu"), config)
+    state.lap = 1
+    for step in range(9):
+        diffem.m_step(state, config, diffem.generator_for("cpu", step))
+    corruption.masks = None
+    assert state.losses.isfinite().all() and (state.losses > 0).all()

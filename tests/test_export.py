@@ -221,7 +221,7 @@ def test_the_onnx_file(run, restorer):
     assert recorded == dict(
         format=2, channels=3, image_size=[16, 16], range=[-2, 2], dtype="float32", sigma_min=1e-3, sigma_max=100.0,
         schedule="log-uniform from sigma_max to sigma_min, then 0", method="ddpm", steps=5, corruption="mask",
-        parameters=dict(rate=0.75, noise=1e-3), masks=True, masked_noise=1e-3, multiple=4,
+        parameters=dict(rate=0.75, noise=1e-3), masks=True, masked_noise=1e-3, grid=16, multiple=4,
     )  # fmt: skip
 
 
@@ -416,8 +416,8 @@ def test_masks_in_files_of_their_own(run, pictures):
         image.getchannel("A").save(pictures / f"masks/{name}.png")
     commands = {
         "out": ["in"],
-        "folder": ["plain", "--mask", "masks"],
-        "file": ["plain/a.bmp", "--mask", "masks/a.png"],
+        "folder": ["plain", "--masks", "masks"],
+        "file": ["plain/a.bmp", "--masks", "masks/a.png"],
     }
     for out, arguments in commands.items():
         done = python("-c", RESTORE, run / "model.onnx", *arguments, "-o", out, "--samples", 1, cwd=pictures)
@@ -498,9 +498,9 @@ def test_bad_pictures(run, pictures, monkeypatch, capsys):
     Path("file").write_text("")
     Image.open("in/b.png").save("in/b.webp", lossless=True)
     for arguments, message in [
-        ("opaque.png --mask mask.png", "its mask has 15x16 pixels, not 16x16"),
-        ("opaque.png --mask opaque.png", "black where a pixel is missing"),
-        ("opaque.png --mask absent.png", "absent.png"),
+        ("opaque.png --masks mask.png", "its mask has 15x16 pixels, not 16x16"),
+        ("opaque.png --masks opaque.png", "black where a pixel is missing"),
+        ("opaque.png --masks absent.png", "absent.png"),
         ("broken.png", "broken.png cannot be read as an image"),
         ("absent.png", "no file or folder absent.png"),
         ("empty", "no images in empty"),
@@ -526,14 +526,14 @@ def test_pictures_that_the_model_cannot_take(tmp_path, monkeypatch, capsys):
     Image.new("LA", (8, 8)).save("holes.png")
     Image.new("L", (8, 8)).save("plain.png")
     for name, message in [
-        ("thin", "9x1 pixels: the model takes 2x2 or more"),
+        ("thin", "thin.png has 9x1 pixels: the model takes 2x2 or more"),
         ("holes", "no pixels may be missing"),
     ]:
         assert message in fails(
             capsys, "restore", "run/model.onnx", f"{name}.png", "-o", "out", "--device", "cpu"
         )
     assert "no pixels may be" in fails(
-        capsys, "restore", "run/model.onnx", "plain.png", "--mask", "plain.png", "--device", "cpu"
+        capsys, "restore", "run/model.onnx", "plain.png", "--masks", "plain.png", "--device", "cpu"
     )
     assert export.main(["restore", "run/model.onnx", "plain.png", "--device", "cpu"]) == 0
 
