@@ -981,7 +981,7 @@ def em(y: Tensor, corruption: Corruption, config: Config, state: State | None = 
 def check_observations(y: Tensor) -> None:
     """Raises DiffEMError if y (N, C + 1, H, W) is not what the docstring of this file says."""
     value, m = y[:, :-1], y[:, -1:]
-    require(len(y) > 0, "there are no observations")
+    require(len(y) > 0 and y.shape[2] * y.shape[3] > 1, "observations need images, of more than one pixel")
     require(y.dtype == torch.float32, f"observations must be float32, not {y.dtype}")
     require(
         not ((m != 0) & (m != 1)).any(), "the last channel of y must be 1 where a pixel is observed, else 0"
@@ -1152,7 +1152,8 @@ class Settings(Config):
         both = ("folder", "observations")
         ok = (self.dataset == "observations") == bool(self.observations)
         require(ok, "--observations FOLDER is the data set, without another one")
-        require(self.held_out > 0 or self.dataset in both, "--held-out must be at least 1")
+        ok = self.held_out > 1 or self.held_out == 0 and self.dataset in both
+        require(ok, "--held-out must be at least 2, or 0 for a part of a folder")
         ok = Path(self.name).name == self.name != ".." and self.name.isprintable()
         require(ok, f"--name {self.name!r} must be the name of a folder below runs/")
         own = dict(image_size=("folder", "celeba"), masks=both[1:], invert_masks=both[1:], grey=both)
@@ -1203,8 +1204,8 @@ def load_images(settings: Settings) -> tuple[Tensor, Tensor]:
             few = torch.randperm(len(files), generator=generator)[: limit + n if limit else None]
             images = read_images([files[i] for i in few], settings)
         images = images[torch.randperm(len(images), generator=generator)]
-        n = n or max(len(images) // 20, min(256, len(images) // 5))
-        require(len(images) > n > 0, f"{len(images)} images are too few to hold out {n} (--held-out)")
+        n = n or max(2, len(images) // 20, min(256, len(images) // 5))
+        require(len(images) > n, f"{len(images)} images are too few to hold out {n} (--held-out)")
         train, test = images[n:], images[:n]
     else:
         train, test = torchvision_images(settings)
@@ -1315,7 +1316,7 @@ def psnr(x: Tensor, x0: Tensor) -> float:
 
 def frechet_distance(x: Tensor, x0: Tensor) -> float:
     """|m - m0|^2 + tr(C + C0 - 2 (C C0)^(1/2)), of the means and covariances of x and x0, both (N, d)."""
-    (m, C), (m0, C0) = ((v.mean(0), torch.cov(v.T)) for v in (x.double(), x0.double()))
+    (m, C), (m0, C0) = ((v.mean(0), torch.atleast_2d(torch.cov(v.T))) for v in (x.double(), x0.double()))
     root = torch.linalg.eigvals(C @ C0).real.clamp_min(0).sqrt().sum()
     return float((m - m0).square().sum() + C.trace() + C0.trace() - 2 * root)
 

@@ -138,15 +138,20 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path):
             export.read_image(tmp_path / name, 3)
 
 
-def test_killed_at_any_instant_and_resumed(run, tmp_path):
+def test_killed_at_any_instant_and_resumed(tmp_path):
     """SIGKILL at random instants of a run: what is resumed ends with the same weights and metrics, byte for byte."""
-    whole, generator = torch.load(run / "checkpoint.pt", weights_only=True)["state"], random.Random(0)
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import diffem; print(flush=True); sys.exit(diffem.main(sys.argv[1:]))"
+    environment, generator = os.environ | {"OMP_NUM_THREADS": "1"}, random.Random(0)
+
+    def start(*arguments):
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+
+    with start(*TINY, "--name", "whole") as process:
+        process.stdout.read()
     arguments, kills = [*TINY, "--name", "one"], 0
     for _ in range(12):
-        command = [sys.executable, "-c", code, *arguments]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE) as process:
+        with start(*arguments) as process:
             process.stdout.readline()  # torch is imported
             time.sleep(generator.uniform(0.3, 3))
             if process.poll() is None and kills < 5:
@@ -158,7 +163,9 @@ def test_killed_at_any_instant_and_resumed(run, tmp_path):
         started = (tmp_path / "runs/one/checkpoint.pt").exists()
         arguments = ["--resume", "runs/one", "--device", "cpu"] if started else arguments
     assert process.returncode == 0
-    parts = torch.load(tmp_path / "runs/one/checkpoint.pt", weights_only=True)["state"]
+    files = (tmp_path / "runs" / name / "checkpoint.pt" for name in ("whole", "one"))
+    whole, parts = (torch.load(file, weights_only=True)["state"] for file in files)
     assert all(torch.equal(weight, parts["average"][name]) for name, weight in whole["average"].items())
     assert torch.equal(whole["x0"], parts["x0"])
-    assert (tmp_path / "runs/one/metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
+    metrics = [(tmp_path / "runs" / name / "metrics.jsonl").read_bytes() for name in ("whole", "one")]
+    assert metrics[0] == metrics[1]

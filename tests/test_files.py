@@ -538,3 +538,36 @@ def test_more_images_than_fit_into_memory_are_refused_after_the_first(tmp_path, 
     assert diffem.main(["--observations", "in", *TINY]) == 2
     error = capsys.readouterr().err
     assert "12 images like" in error and "--limit" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5])
+def test_few_images_work_or_say_so(number, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder_of(tmp_path / "in", KINDS["8 bits in colour"][0], "png", number)
+    flags = [word for word in TINY if word not in ("--held-out", "4")]
+    code = diffem.main(["--observations", "in", *flags])
+    error = capsys.readouterr().err
+    if number > 2:
+        assert code == 0, error
+        assert "NaN" not in (tmp_path / "runs/own/metrics.jsonl").read_text()
+    else:
+        assert code == 2 and "too few to hold out 2" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 16), (2, 3), (5, 7)])
+def test_small_and_odd_sizes_work(size, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def write(i):
+        generator = np.random.default_rng(i)
+        alpha = 255 * (generator.random((*size, 1)) < 0.6)
+        return pillow(np.concatenate([generator.integers(0, 256, (*size, 3)), alpha], 2).astype(np.uint8))
+
+    folder_of(tmp_path / "in", write, "png", 16)
+    code = diffem.main(["--observations", "in", *TINY])
+    error = capsys.readouterr().err
+    if size == (1, 1):
+        assert code == 2 and "more than one pixel" in error and error.count("\n") == 1
+        return
+    assert code == 0, error
+    assert "NaN" not in (tmp_path / "runs/own/metrics.jsonl").read_text()

@@ -22,7 +22,7 @@ FLAGS = ("--channels 8 8 --blocks 1 --laps 1 --steps 3 --batch 8 --sample-steps 
 
 
 def settings(folder, **others):
-    return Settings(dataset="observations", observations=str(folder), held_out=1, **others)
+    return Settings(dataset="observations", observations=str(folder), held_out=2, **others)
 
 
 def read(settings):
@@ -79,14 +79,14 @@ def test_the_m_step_draws_the_masks_that_were_observed(tmp_path, generator):
     corruption = Mask(0.5)
     data = diffem.observe(settings(tmp_path / "in"), corruption)
     y = data.y
-    assert data.truth is None and len(y) == 39 and len(data.held_out) == 1
+    assert data.truth is None and len(y) == 38 and len(data.held_out) == 2
     drawn = corruption(torch.randn(500, 3, 8, 8, generator=generator), generator)[:, -1]
     rows = {tuple(mask.flatten().tolist()) for mask in y[:, -1]}
     assert {tuple(mask.flatten().tolist()) for mask in drawn} == rows  # all of them, and no others
 
 
 def test_a_smaller_image_is_an_observation_of_a_larger_one(tmp_path):
-    values, _ = pixels(3)
+    values, _ = pixels(4)
     for i, value in enumerate(values):
         Image.fromarray(value).save(tmp_path / f"{i}.png")
     y = diffem.observe(settings(tmp_path), Downsample(2)).y
