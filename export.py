@@ -43,6 +43,10 @@ TILE, OVERLAP = 512, 64  # pixels of the tiles of a large image: below 1 GB with
 PIXELS = {"cpu": 2**16, "cuda": 2**20}  # of the images that are sampled at once, at first
 SHA256 = re.compile(rb"\x0a\x06sha256\x12\x40([0-9a-f]{64})")  # this entry of the metadata
 METHODS = ("ddpm", "ddim", "sde2m", "dpm2m")
+METADATA = dict.fromkeys(("channels", "steps", "multiple", "grid"), int) | dict(masks=bool, parameters=dict)
+METADATA |= dict.fromkeys(("sigma_min", "sigma_max", "masked_noise"), (int, float)) | dict(
+    method=str, corruption=str
+)
 
 
 class ExportError(OSError):
@@ -443,12 +447,21 @@ class Restorer:
                 self.no_cuda = f"CUDA does not start ({' '.join(str(error).split())})"
         require(device != "cuda" or not self.no_cuda, f"cannot run on CUDA: {self.no_cuda}")
         self.device = "cpu" if self.no_cuda else "cuda"
-        if self.no_cuda:
-            self.session = session("CPUExecutionProvider")
-        metadata = self.session.get_modelmeta().custom_metadata_map
-        self.metadata = {key: json.loads(value) for key, value in metadata.items() if key != "sha256"}
-        version = self.metadata.get("format")
+        try:
+            if self.no_cuda:
+                self.session = session("CPUExecutionProvider")
+            metadata = self.session.get_modelmeta().custom_metadata_map
+            meta = self.metadata = {key: json.loads(v) for key, v in metadata.items() if key != "sha256"}
+        except Exception as error:  # onnxruntime has classes of its own
+            raise ExportError(f"{path} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
+        version = meta.get("format")
         require(version == FORMAT, f"{path} has format {version}, this export.py reads format {FORMAT}")
+        wrong = [name for name, kind in METADATA.items() if not isinstance(meta.get(name), kind)]
+        ok = not wrong and 0 < meta["sigma_min"] < meta["sigma_max"] and meta["method"] in METHODS
+        ok = ok and min(meta[name] for name in ("channels", "steps", "multiple", "grid")) > 0
+        require(
+            ok, f"the metadata of {path} are not those of an exported model ({', '.join(wrong) or 'values'})"
+        )
 
     def __call__(self, y: np.ndarray, steps: int = 0, method: str = "", seed: int = 0) -> np.ndarray:
         """A sample x0 ~ q(x0 | y) for each of observations y (N, C + 1, H, W) -> (N, C, H, W), values in [-2,

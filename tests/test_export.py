@@ -465,6 +465,13 @@ def rewritten(content: bytes, key: str, value) -> bytes:
     return sealed(model.SerializeToString())
 
 
+def broken_graph(content: bytes) -> bytes:
+    """The model without one of its nodes, and the hash that belongs to it."""
+    model = onnx.load_from_string(content)
+    del model.graph.node[len(model.graph.node) // 2]
+    return sealed(model.SerializeToString())
+
+
 def test_bad_models(run, pictures, monkeypatch, capsys):
     monkeypatch.chdir(pictures)
     content = (run / "model.onnx").read_bytes()
@@ -481,6 +488,12 @@ def test_bad_models(run, pictures, monkeypatch, capsys):
             "sha256",
         ),
         "format": (rewritten(content, "format", 1), "has format 1, this export.py reads format 2"),
+        "sigma": (rewritten(content, "sigma_min", 0), "metadata"),
+        "multiple": (rewritten(content, "multiple", 0), "metadata"),
+        "channels": (rewritten(content, "channels", "3"), "metadata of channels.onnx are not those"),
+        "steps": (rewritten(content, "steps", None), "(steps)"),
+        "method": (rewritten(content, "method", "euler"), "metadata"),
+        "graph": (broken_graph(content), "cannot be loaded"),
     }
     for name, (content, message) in files.items():
         (pictures / f"{name}.onnx").write_bytes(content)
