@@ -153,8 +153,8 @@ def test_killed_at_any_instant_and_resumed(tmp_path):
     for _ in range(12):
         with start(*arguments) as process:
             process.stdout.readline()  # torch is imported
-            time.sleep(generator.uniform(0.3, 3))
-            if process.poll() is None and kills < 5:
+            time.sleep(generator.uniform(0.3, 2.5))
+            if process.poll() is None and kills < 4:
                 process.send_signal(signal.SIGKILL)
                 kills += 1
             process.stdout.read()
