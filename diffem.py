@@ -983,9 +983,7 @@ def check_observations(y: Tensor) -> None:
     value, m = y[:, :-1], y[:, -1:]
     require(len(y) > 0 and y.shape[2] * y.shape[3] > 1, "observations need images, of more than one pixel")
     require(y.dtype == torch.float32, f"observations must be float32, not {y.dtype}")
-    require(
-        not ((m != 0) & (m != 1)).any(), "the last channel of y must be 1 where a pixel is observed, else 0"
-    )
+    require(not ((m != 0) & (m != 1)).any(), "the last channel of y must be 1 where observed, else 0")
     require(value.isfinite().all(), "y has values that are not finite: set missing pixels to 0")
     require((value * (1 - m) == 0).all(), "y must be 0 where its last channel is: y * y[:, -1:]")
     low, high = float(value.min()), float(value.max())
@@ -1285,9 +1283,8 @@ def read_images(files: list[Path], settings: Settings) -> Tensor:
         if not pictures:
             need = 3 * len(files) * picture.y.nbytes / 1e9  # for observations, reconstructions and work
             advice = "fewer (--limit)" if own else "smaller ones (--image-size) or fewer (--limit)"
-            require(
-                need < memory() / 1e9, f"{len(files)} images like {path} need {need:.3g} GB: take {advice}"
-            )
+            message = f"{len(files)} images like {path} need {need:.3g} GB: take {advice}"
+            require(need < memory() / 1e9, message)
             images = torch.empty(len(files), *picture.y.shape)
         (H, W), (H0, W0) = picture.y.shape[1:], images.shape[2:]
         message = f"images of mixed sizes: {path} has {W}x{H} pixels, others {W0}x{H0}"
@@ -1482,9 +1479,7 @@ def restore_state(checkpoint: Checkpoint, corruption: Corruption, device="cpu", 
     return state
 
 
-def load(
-    folder: str | Path, corruption: Corruption | None = None, best: bool = False, device="cpu"
-) -> Denoiser:
+def load(folder, corruption: Corruption | None = None, best: bool = False, device="cpu") -> Denoiser:
     """The model of a run folder, of the last lap or of that with the best energy score. Your own corruption
     must be given, since loading runs no code of yours."""
     checkpoint = load_checkpoint(folder)
@@ -1639,9 +1634,7 @@ def train(run: Run) -> int:
                 save_checkpoint(run.folder, state, settings, run.digest)
                 saved = time.monotonic()
             if stopping:
-                bar.write(
-                    f"stopped in lap {state.lap}; to continue: python {sys.argv[0]} --resume {run.folder}"
-                )
+                bar.write(f"stopped; to continue: python {sys.argv[0]} --resume {run.folder}")
                 return 130
     if rank == 0:
         first, last, best = state.history[0], state.history[-1], best_row(state.history)

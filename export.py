@@ -44,9 +44,8 @@ PIXELS = {"cpu": 2**16, "cuda": 2**20}  # of the images that are sampled at once
 SHA256 = re.compile(rb"\x0a\x06sha256\x12\x40([0-9a-f]{64})")  # this entry of the metadata
 METHODS = ("ddpm", "ddim", "sde2m", "dpm2m")
 METADATA = dict.fromkeys(("channels", "steps", "multiple", "grid"), int) | dict(masks=bool, parameters=dict)
-METADATA |= dict.fromkeys(("sigma_min", "sigma_max", "masked_noise"), (int, float)) | dict(
-    method=str, corruption=str
-)
+METADATA |= dict.fromkeys(("sigma_min", "sigma_max", "masked_noise"), (int, float))
+METADATA |= dict(method=str, corruption=str)
 
 
 class ExportError(OSError):
@@ -300,9 +299,7 @@ def open_image(path: Path):
         frames = getattr(file, "n_frames", 1) if file.format != "MPO" else 1  # phones add a preview to photos
         require(frames == 1, f"it has {frames} pages or frames: save one of them")
         deep = ";16" in str(file.tile) and not file.mode.startswith("I")
-        require(
-            not deep, "colours of 16 bits are not supported: save 8 bits, or an .npy of numbers from 0 to 1"
-        )
+        require(not deep, "colours of 16 bits are not supported: save 8 bits, or .npy from 0 to 1")
         ok = file.mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "F")
         ok = ok or file.mode.startswith("I;16") or file.mode == "I" and file.format == "PNG"
         require(ok, f"mode {file.mode} is not supported: save it as grey or RGB of 8 bits")
@@ -459,9 +456,8 @@ class Restorer:
         wrong = [name for name, kind in METADATA.items() if not isinstance(meta.get(name), kind)]
         ok = not wrong and 0 < meta["sigma_min"] < meta["sigma_max"] and meta["method"] in METHODS
         ok = ok and min(meta[name] for name in ("channels", "steps", "multiple", "grid")) > 0
-        require(
-            ok, f"the metadata of {path} are not those of an exported model ({', '.join(wrong) or 'values'})"
-        )
+        wrong = ", ".join(wrong) or "values"
+        require(ok, f"the metadata of {path} are not those of an exported model ({wrong})")
 
     def __call__(self, y: np.ndarray, steps: int = 0, method: str = "", seed: int = 0) -> np.ndarray:
         """A sample x0 ~ q(x0 | y) for each of observations y (N, C + 1, H, W) -> (N, C, H, W), values in [-2,
@@ -566,10 +562,8 @@ def write_images(target: Path, x: np.ndarray, like: Picture) -> None:
     for name, picture in pictures.items():
         values = like.levels * ((picture + 2) / 4).clip(0, 1).transpose(1, 2, 0)  # (H, W, C)
         values = values.mean(2) if like.grey or values.shape[2] == 1 else values
-        path, kind = (
-            Path(f"{target}_{name}{like.suffix}"),
-            {1: "float32", 255: "uint8", 65535: "uint16"}[like.levels],
-        )
+        path = Path(f"{target}_{name}{like.suffix}")
+        kind = {1: "float32", 255: "uint8", 65535: "uint16"}[like.levels]
         values = (values if like.levels == 1 else np.round(values)).astype(kind)
         with open(path.with_name(path.name + ".new"), "wb") as file:
             if like.suffix == ".npy":
@@ -652,15 +646,12 @@ def restore(options: argparse.Namespace) -> None:
     if waiting:
         flush()
     if full_views:
-        print(
-            f"no pixel is missing in {full_views} of {len(files)} images: alpha, NaN or --masks?",
-            file=sys.stderr,
-        )
+        number = f"{full_views} of {len(files)} images"
+        print(f"no pixel is missing in {number}: alpha, NaN or --masks?", file=sys.stderr)
     print(f"{out}: {len(files) - len(bad)} restored, {samples} samples each, by {steps} steps of {method}")
     more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
-    require(
-        options.skip_bad_images or not bad, f"{(bad or [''])[0]}{more}; --skip-bad-images leaves them out"
-    )
+    message = f"{(bad or [''])[0]}{more}; --skip-bad-images leaves them out"
+    require(options.skip_bad_images or not bad, message)
 
 
 # ---- Command line -----------------------------------------------------------------------------------------
@@ -681,9 +672,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.flag("model", help="a model.onnx")
         parser.flag("inputs", nargs="+", help="images, or folders of them; missing pixels are transparent")
         parser.flag("-o", "--out", default="restored", help="folder for the results")
-        parser.flag(
-            "--masks", help="image, black where a pixel is missing, or a folder of such, named as the inputs"
-        )
+        parser.flag("--masks", help="image, black where a pixel is missing, or folder with the inputs' names")
         parser.flag("--invert-masks", action="store_true", help="masks are white where a pixel is missing")
         parser.flag("--skip-bad-images", action="store_true", help="no error for images that cannot be read")
         parser.flag("--steps", type=int, default=0, help="evaluations of the network (default: as trained)")
