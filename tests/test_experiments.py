@@ -126,3 +126,43 @@ def test_freeze(experiment):
     assert all(row["images a second"] > 0 for row in rows) and rows[0]["time"] == 1
     assert rows[3]["one image, cold (s)"] > 0 and rows[3]["peak (MB)"] > 10
     assert 0 < rows[4]["error of float16"] < 0.05
+
+
+def test_unconditional(classes, experiment, tmp_path):
+    flags = [
+        "--channels",
+        "8",
+        "8",
+        "--blocks",
+        "1",
+        "--laps",
+        "1",
+        "--steps",
+        "2",
+        "--batch",
+        "8",
+        "--start-laps",
+        "1",
+    ]
+    flags += ["--sample-steps", "2", "--unconditional-steps", "2", "--held-out", "20", "--num-samples", "2"]
+    command = [
+        sys.executable,
+        ROOT / "diffem.py",
+        "--dataset",
+        "folder",
+        "--data-dir",
+        classes[1],
+        *flags,
+        "--name",
+        "one",
+    ]
+    done = subprocess.run(
+        [str(word) for word in command], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    (rows,) = experiment("unconditional", {}, *classes, "--run", "runs/one", "--steps", 2, "--p", 1.0, 0.5)
+    assert [row["p"] for row in rows] == [0.1, 1.0, 0.5]
+    assert (
+        all(row["frechet_new"] > 0 and row["psnr"] > 0 for row in rows)
+        and rows[0]["seconds"] < rows[1]["seconds"]
+    )

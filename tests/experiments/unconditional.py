@@ -1,0 +1,46 @@
+"""A last training for new images:  python tests/experiments/unconditional.py --run runs/NAME --data-dir DIR
+
+Further M-steps on the final reconstructions of a run, with y = 0 more often (--p), as the paper trains a second
+network for new images. A row before, and one for each p: CPU-seconds, PSNR and Frechet distance of one sample
+of held-out images, Frechet distance of new images, in the features of a small classifier of clean images.
+"""
+
+import time
+from dataclasses import replace
+
+import table
+from features import frechet, read_classes, train_classifier
+
+import diffem
+
+
+def main() -> None:
+    options = table.parse(
+        __doc__, run="", data_dir="data", images=10_000, held_out=500, p=[1.0, 0.5], steps=1000
+    )
+    checkpoint = diffem.load_checkpoint(options.run)
+    saved, generator = checkpoint.settings, diffem.generator_for("cpu", 0, 0, 9)
+    x0, truth, classes = read_classes(options)
+    features, rows = train_classifier(x0, classes), []
+    y = diffem.CORRUPTIONS[saved.corruption](**saved.parameters)(truth, generator)
+
+    def measure(state: diffem.State, p: float, seconds: float) -> None:
+        x, new = diffem.draw_samples(state, y, replace(saved, num_samples=2))
+        row = dict(p=p, seconds=seconds, psnr=diffem.psnr(x[0], truth))
+        rows.append(row | dict(frechet=frechet(features, x[0], x0), frechet_new=frechet(features, new, x0)))
+        table.show(rows[-1])
+
+    for p in [saved.p_unconditional, *options.p]:
+        corruption = diffem.CORRUPTIONS[saved.corruption](**saved.parameters)
+        state = diffem.restore_state(checkpoint, corruption)
+        config = replace(saved, p_unconditional=p, steps=options.steps, laps=1, lr=saved.lr / 2, ema=0.998)
+        state = diffem.new_state(state.x0.float(), state.model, config)  # from the averaged weights
+        state.lap, start = 1, time.process_time()
+        for step in range(options.steps if rows else 0):  # the first row is the run's own
+            diffem.m_step(state, config, diffem.generator_for("cpu", 7, step))
+        measure(state, p, time.process_time() - start)
+    table.table("A last training for new images", rows, vars(options))
+
+
+if __name__ == "__main__":
+    main()
