@@ -914,9 +914,10 @@ class State:
 
     def check(self) -> None:
         """Raises DiffEMError if a loss of this lap is not finite."""
-        finite = self.losses[: self.step].isfinite().tolist()
-        step = finite.index(False) + 1 if False in finite else 0
-        require(not step, f"the loss is not finite in lap {self.lap}, step {step}: try a lower --lr")
+        bad = (~self.losses[: self.step].isfinite()).nonzero()
+        if len(bad):
+            where = f"lap {self.lap}, step {int(bad[0]) + 1}"
+            raise DiffEMError(f"the loss is not finite in {where}: try a lower --lr")
 
 
 def new_denoiser(gaussian: Gaussian, corruption: Corruption, config: Config, device, cls=Denoiser):
@@ -1075,8 +1076,7 @@ def augment(x0: Tensor, config: Config, generator: torch.Generator, multiple: in
         x0 = F.interpolate(x0, size=size, mode="bicubic", antialias=True)
     if config.crop:
         # The corruption's blocks then lie elsewhere on each image: what they lose at one place is learnt at
-        # another. Its border is treated as that of an image: the U-Net pads it by 0, the corruption mirrors
-        # it
+        # another. Its border is treated as an image's: the U-Net pads it by 0, the corruption mirrors it
         crop, where = min(config.crop, *x0.shape[2:]), dict(generator=generator, device=x0.device)
         corner = [torch.randint(n - crop + 1, (len(x0), 1, 1, 1), **where) for n in x0.shape[2:]]
         i = torch.arange(crop, device=x0.device)
@@ -1121,6 +1121,13 @@ PRESETS = {
     ("observations", "small"): PHOTOS | dict(held_out=0),
 }
 DATASETS, KINDS = (tuple(dict.fromkeys(names)) for names in zip(*PRESETS))
+
+
+def preset(dataset: str, kind: str, corruption: type[Corruption], given: dict) -> dict:
+    """The settings of a preset for a corruption, under those that are given."""
+    values = PRESETS[dataset, kind]
+    smoothness = given.get("smoothness", max(values.get("smoothness", 0.0), corruption.smoothness))
+    return values | dict(smoothness=smoothness, rescale=smoothness > 0 and corruption.rescale) | given
 
 
 @dataclass
@@ -1437,6 +1444,7 @@ def gathered(x0: Tensor) -> Tensor:
 
 @dataclass
 class Checkpoint:
+    folder: Path
     settings: Settings
     data: str
     state: dict
@@ -1452,7 +1460,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     try:
         with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
             require(file.testzip() is None, "a checksum is wrong")
-        return Checkpoint(**torch.load(path, map_location="cpu", weights_only=True))
+        return Checkpoint(Path(folder), **torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # PyTorch raises many classes
         raise DiffEMError(f"{path} is not a checkpoint of DiffEM, or is damaged") from error
 
@@ -1482,9 +1490,14 @@ def restore_state(checkpoint: Checkpoint, corruption: Corruption, device="cpu", 
 def load(folder, corruption: Corruption | None = None, best: bool = False, device="cpu") -> Denoiser:
     """The model of a run folder, of the last lap or of that with the best energy score. Your own corruption
     must be given, since loading runs no code of yours."""
-    checkpoint = load_checkpoint(folder)
+    return model_of(load_checkpoint(folder), corruption, best, device)
+
+
+def model_of(checkpoint: Checkpoint, corruption=None, best: bool = False, device="cpu") -> Denoiser:
+    """As `load`, of a checkpoint that was read already."""
     name, parameters = checkpoint.settings.corruption, checkpoint.settings.parameters
-    require(corruption or name in CORRUPTIONS, f"{folder} has its own corruption {name!r}: give it to load()")
+    known = corruption or name in CORRUPTIONS
+    require(known, f"{checkpoint.folder} has its own corruption {name!r}: give it to load()")
     state = restore_state(checkpoint, corruption or CORRUPTIONS[name](**parameters), device)
     if best and state.best_weights:
         state.average.load_state_dict(state.best_weights)
@@ -1525,11 +1538,15 @@ def make_parser(defaults: dict, parameters: dict) -> Parser:
     return parser
 
 
-def parse(argv: list[str]) -> Settings:
-    """The settings: flags, over those of the run to resume, over the data set's preset, over the defaults."""
+def first_flags(argv: list[str]) -> dict:
+    """The flags given that need no other: they say which run, data set and corruption."""
     words = [word for word in argv if word not in ("-h", "--help")]
-    given = vars(make_parser({}, {}).parse_known_args(words)[0])  # says which run, data set and corruption
-    saved = asdict(load_checkpoint(given["resume"]).settings) if given.get("resume") else {}
+    return vars(make_parser({}, {}).parse_known_args(words)[0])
+
+
+def parse(argv: list[str], checkpoint: Checkpoint | None) -> Settings:
+    """The settings: flags, over those of the run to resume, over the data set's preset, over the defaults."""
+    given, saved = first_flags(argv), asdict(checkpoint.settings) if checkpoint else {}
     values = saved | given
     values.setdefault("dataset", "observations" if given.get("observations") else "digits")
     cuda = torch.cuda.is_available() and values.get("device") != "cpu"
@@ -1539,11 +1556,8 @@ def parse(argv: list[str]) -> Settings:
     require(key in PRESETS, f"there is no data set {key[0]!r} with preset {key[1]!r}: --help lists them")
     name = values.setdefault("corruption", "mask")
     require(name in CORRUPTIONS, f"unknown corruption {name!r}: {', '.join(CORRUPTIONS)}")
-    preset, corruption = PRESETS[key], CORRUPTIONS[name]
-    smoothness = max(preset.get("smoothness", 0.0), corruption.smoothness)
-    rescale = values.get("smoothness", smoothness) > 0 and corruption.rescale
-    values = preset | dict(smoothness=smoothness, rescale=rescale) | values
-    parameters = parameters_of(corruption)
+    values = preset(*key, CORRUPTIONS[name], values)
+    parameters = parameters_of(CORRUPTIONS[name])
     parameters |= {k: v for k, v in values.get("parameters", {}).items() if k in parameters}
 
     given = vars(make_parser(values, parameters).parse_args(argv))
@@ -1603,12 +1617,11 @@ def prepare(settings: Settings) -> Run:
     return Run(settings, corruption, data, digest, device, folder)
 
 
-def train(run: Run) -> int:
+def train(run: Run, checkpoint: Checkpoint | None) -> int:
     """EM with a progress bar, a report and a checkpoint after each lap, and a checkpoint every three minutes.
     Returns the exit code."""
     settings, y, (rank, size), state = run.settings, run.data.y, ranks(), None
-    if settings.resume:
-        checkpoint = load_checkpoint(run.folder)
+    if checkpoint:
         require(run.digest == checkpoint.data, f"{run.folder} was made from other data")
         checkpoint.settings = settings
         state = restore_state(checkpoint, run.corruption, run.device, y.device)
@@ -1727,10 +1740,13 @@ def main(argv: list[str] | None = None, **corruptions: type[Corruption]) -> int:
     CORRUPTIONS.update(corruptions)
     try:
         with process_group():
-            settings = parse(sys.argv[1:] if argv is None else argv)
+            argv = sys.argv[1:] if argv is None else argv
+            resume = first_flags(argv).get("resume")
+            checkpoint = load_checkpoint(resume) if resume else None
+            settings = parse(argv, checkpoint)
             if settings.dataset in ("cifar10", "celeba") and settings.preset == "small":
                 print("small preset, for a CPU: --preset published is the paper's, and takes days on a GPU")
-            return train(prepare(settings))
+            return train(prepare(settings), checkpoint)
     except (DiffEMError, OSError) as error:
         if ranks()[0] == 0:
             print(f"diffem: {error}", file=sys.stderr)

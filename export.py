@@ -117,6 +117,7 @@ def describe(denoiser, settings, half: bool) -> dict:
     from diffem import Mask
 
     corruption, (channels, *size) = denoiser.corruption, denoiser.x_shape
+    multiple = 2 ** (len(settings.channels) - 1)  # of the sides that the U-Net halves without a rest
     return dict(
         format=FORMAT,
         channels=channels,
@@ -131,13 +132,10 @@ def describe(denoiser, settings, half: bool) -> dict:
         corruption=settings.corruption,
         parameters=settings.parameters,
         masks=corruption.hides_pixels(),
-        masked_noise=corruption.noise
-        if isinstance(corruption, Mask)
-        else 4.0,  # s of pixels that are observed
-        grid=math.lcm(
-            16, 2 ** (len(settings.channels) - 1), corruption.patch
-        ),  # of the tiles of a large image
-        multiple=2 ** (len(settings.channels) - 1),  # of the sides that the U-Net halves without a rest
+        # s of the pixels that are observed: below half a grey level they keep their values
+        masked_noise=corruption.noise if isinstance(corruption, Mask) else 4.0,
+        grid=math.lcm(16, multiple, corruption.patch),  # of the tiles of a large image
+        multiple=multiple,
     )
 
 
@@ -175,7 +173,8 @@ def export(folder: str, out: str = "", half: bool = False, best: bool = False, c
     import diffem
 
     try:
-        settings, denoiser = diffem.load_checkpoint(folder).settings, diffem.load(folder, corruption, best)
+        checkpoint = diffem.load_checkpoint(folder)
+        settings, denoiser = checkpoint.settings, diffem.model_of(checkpoint, corruption, best)
     except diffem.DiffEMError as error:
         raise ExportError(str(error)) from error
     denoiser.bfloat16, out = False, Path(out or folder)  # the files compute in float32
@@ -213,9 +212,7 @@ def export(folder: str, out: str = "", half: bool = False, best: bool = False, c
 class Picture:
     """An image as it was read, and what is needed to write another like it."""
 
-    y: (
-        np.ndarray
-    )  # (C + 1, H, W): values from -2 to 2, then 1 where a pixel is observed; 0 where it is missing
+    y: np.ndarray  # (C + 1, H, W): values in [-2, 2], then 1 where a pixel is observed; 0 where missing
     levels: int  # 255 or 65535 for 8 or 16 bits; 1 for floating point
     grey: bool = False
     suffix: str = ".png"  # of what is written
@@ -460,8 +457,7 @@ class Restorer:
         require(ok, f"the metadata of {path} are not those of an exported model ({wrong})")
 
     def __call__(self, y: np.ndarray, steps: int = 0, method: str = "", seed: int = 0) -> np.ndarray:
-        """A sample x0 ~ q(x0 | y) for each of observations y (N, C + 1, H, W) -> (N, C, H, W), values in [-2,
-        2].
+        """A sample x0 ~ q(x0 | y) for each of observations y (N, C + 1, H, W) -> (N, C, H, W), in [-2, 2].
 
         The last channel of y is 1 where a pixel is observed; where it is 0, so is the rest. steps, method: 0
         and "" for those of the export. Row i has the noise of default_rng((seed, i)), whatever the batch.

@@ -74,8 +74,8 @@ def fidelity(folder: Path, reference: Path, device: str, weights: str | None) ->
 def evaluate(options: argparse.Namespace) -> None:
     folder, number = Path(options.run), options.num_samples
     diffem.require(number >= 2, "--num-samples takes 2 or more")
-    settings, device = diffem.load_checkpoint(folder).settings, "cuda" if torch.cuda.is_available() else "cpu"
-    model = diffem.load(folder, best=options.best, device=device)
+    checkpoint, device = diffem.load_checkpoint(folder), "cuda" if torch.cuda.is_available() else "cpu"
+    settings, model = checkpoint.settings, diffem.model_of(checkpoint, best=options.best, device=device)
     data = diffem.observe(settings, diffem.CORRUPTIONS[settings.corruption](**settings.parameters))
     y, truth, reference = torch.cat([data.held_out, data.y])[:number], data.truth, None
     if options.reference:  # read before anything is sampled, so that a wrong folder costs nothing

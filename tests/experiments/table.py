@@ -70,6 +70,5 @@ def named_corruption(text: str) -> diffem.Corruption:
 
 def preset(dataset: str, corruption: str, **settings) -> diffem.Settings:
     """The small preset of a data set, as the command line takes it for a named corruption."""
-    rescale = dataset == "folder" and diffem.CORRUPTIONS[corruption.split()[0]].rescale
-    values = diffem.PRESETS[dataset, "small"] | dict(dataset=dataset, rescale=rescale)
-    return diffem.Settings(**values | settings)
+    own = dict(dataset=dataset) | settings
+    return diffem.Settings(**diffem.preset(dataset, "small", diffem.CORRUPTIONS[corruption.split()[0]], own))
