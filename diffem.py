@@ -40,7 +40,7 @@ import sys
 import threading
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -82,6 +82,11 @@ def torch_seeded_by(generator: torch.Generator):
 
 def randn_like(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(x.shape, generator=generator, device=x.device)
+
+
+def values(pixels: Tensor) -> Tensor:
+    """Images in floating point, from -2 to 2. Those of files are kept as bytes, which take less memory."""
+    return pixels if pixels.is_floating_point() else pixels * (4 / 255) - 2
 
 
 def ranks() -> tuple[int, int]:
@@ -260,6 +265,7 @@ class Corruption(nn.Module):
         """y ~ Q(. | x): (B, C, H, W) -> (B, C + 1, H, W)."""
         if len(x) > 1024:  # a data set: in parts, to save memory
             return torch.cat([self(part, generator) for part in x.split(1024)])
+        x = values(x)
         if self.masks is None:
             return self.observe(x, self.mask(x, generator), generator)
         i = torch.randint(len(self.masks), (len(x),), generator=generator, device=x.device)
@@ -564,7 +570,7 @@ class Gaussian(nn.Module):
         place of the mean and h + w^(1/2) eps in place of h (Papandreou & Yuille 2010)."""
         parts = []
         for part in y.split(512):
-            part = part.to(generator.device)
+            part = observed(part, generator.device)
             w, h, x = corruption.precision(part), corruption.product(part), self.sample(len(part), generator)
             h = h + w.sqrt() * randn_like(h, generator)
             parts.append(inverse(self.posterior(part, (w, h), x, corruption.block, 64)[0], corruption.block))
@@ -637,7 +643,7 @@ def fit_start(y: Tensor, corruption: Corruption, config: Config, generator: torc
     fit to the draws, repeat. What no observation shows keeps the law of the spectrum."""
     shape, rank = [y.shape[1] - 1, *y.shape[2:]], 0 if config.smoothness else config.start_rank
     gaussian = Gaussian(shape, rank, config.smoothness).to(generator.device)
-    y = y[: 4096 if rank else 512].to(generator.device)
+    y = observed(y[: 4096 if rank else 512], generator.device)
     x = interpolate(y, gaussian.mean)[:, :-1]
     gaussian.mean += x.mean((0, 2, 3))[:, None, None]
     gaussian.scale *= transform(x - gaussian.mean, 0).square().mean((0, 2, 3))[:, None, None]
@@ -961,8 +967,8 @@ def em(y: Tensor, corruption: Corruption, config: Config, state: State | None = 
     it on its own observations; only gradients are exchanged.
     """
     device, (rank, size) = torch.device(device or y.device), ranks()
-    if y.ndim == 4:
-        check_observations(y)
+    for part in y.split(4096) if y.ndim == 4 else ():
+        check_observations(observed(part, part.device))
     require(config.batch % size == 0, f"--batch {config.batch} must be a multiple of the {size} processes")
     if state is None:
         state = first_state(y, corruption.to(device), config, generator_for(device, config.seed, 0, 1, rank))
@@ -977,6 +983,13 @@ def em(y: Tensor, corruption: Corruption, config: Config, state: State | None = 
             key = config.seed, state.lap, config.steps + state.drawn, rank
             e_step(state, y, config, generator_for(device, *key))
             yield state
+
+
+def observed(y: Tensor, device: torch.device) -> Tensor:
+    """Observations (N, C + 1, H, W) in floating point, on a device. Bytes in y are as in 8-bit files."""
+    y = y.to(device)
+    m = y[:, -1:].float()
+    return y if y.is_floating_point() else torch.cat([m * values(y[:, :-1]), m], 1)
 
 
 def check_observations(y: Tensor) -> None:
@@ -1086,7 +1099,7 @@ def augment(x0: Tensor, config: Config, generator: torch.Generator, multiple: in
 
 def e_step(state: State, y: Tensor, config: Config, generator: torch.Generator) -> None:
     """Draws the next batch of reconstructions. If it does not fit into memory, batches are halved."""
-    batch = y[state.drawn : state.drawn + state.sample_batch].to(generator.device)
+    batch = observed(y[state.drawn : state.drawn + state.sample_batch], generator.device)
     try:
         x0 = state.model.sample(batch, *config.e_step_sampler(state.lap), generator)
     except RuntimeError as error:  # PyTorch has a class of its own for a GPU's memory only
@@ -1175,41 +1188,63 @@ class Settings(Config):
 class Data:
     """What a run learns from and what it is measured on."""
 
+    corruption: Corruption  # their law
     y: Tensor  # observations to train on
     held_out: Tensor  # other observations, for the metrics
     truth: Tensor | None  # clean images of the held-out observations, if they are known
 
 
-def observe(settings: Settings, corruption: Corruption) -> Data:
+def observe(settings: Settings) -> Data:
     """The observations of a data set. Clean images are corrupted here, once, and not used elsewhere."""
     train, test = load_images(settings)
+    C, H, W = train.shape[1] - bool(settings.observations), *train.shape[2:]
+    corruption, generator = new_corruption(settings, [C, H, W]), generator_for("cpu", settings.seed, 0, 0)
     if not settings.observations:
-        generator = generator_for("cpu", settings.seed, 0, 0)
-        return Data(corruption(train, generator), corruption(test, generator), test)
+        return Data(corruption, corruption(train, generator), corruption(test, generator), values(test))
     if isinstance(corruption, Downsample):
         train, test = (F.interpolate(y, scale_factor=corruption.factor) for y in (train, test))  # nearest
     missing = bool((train[:, -1:] == 0).any())
     ok = missing or not isinstance(corruption, Mask)
     require(ok, f"no pixel is missing in {settings.observations}: give alpha, NaN or --masks")
     corruption.masks = train[:, -1:].bool() if missing else None
-    return Data(train, test, None)
+    return Data(corruption, train, observed(test, test.device), None)
+
+
+def new_corruption(settings: Settings, shape: list[int]) -> Corruption:
+    """That of the settings. Your own is tried on two images of a shape (C, H, W). Raises DiffEMError, with
+    its file and name, if it fails or does not give observations."""
+    kind, generator = CORRUPTIONS[settings.corruption], generator_for("cpu", settings.seed, 0, 0)
+    if kind.__module__ == __name__:
+        return kind(**settings.parameters)
+    try:
+        corruption = kind(**settings.parameters).to("cpu")
+        y = corruption(4 * torch.rand(2, *shape, generator=generator) - 2, generator)
+        expected = 2, shape[0] + 1, *shape[1:]
+        require(isinstance(y, Tensor), f"it gives a {type(y).__name__} in place of a tensor")
+        require(y.shape == expected, f"it gives {tuple(y.shape)} in place of {expected}, the mask last")
+        check_observations(y)
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DiffEMError(f"{inspect.getfile(kind)}, {kind.__name__}: {reason}") from error
+    return corruption
 
 
 def load_images(settings: Settings) -> tuple[Tensor, Tensor]:
     """Images to train on and to hold out, in an order given by the seed: clean ones x0, or observations."""
     name, n, limit = settings.dataset, settings.held_out, settings.limit
     generator = generator_for("cpu", settings.seed, 0, 4)
-    if name in ("digits", "folder", "observations"):
-        if name == "digits":
-            from sklearn.datasets import load_digits
-
-            images = torch.from_numpy(load_digits().images * (255 / 16))[:, None].float() * (4 / 255) - 2
-        else:
-            files = image_files(settings)
-            few = torch.randperm(len(files), generator=generator)[: limit + n if limit else None]
-            images = read_images([files[i] for i in few], settings)
-        images = images[torch.randperm(len(images), generator=generator)]
+    if name in ("folder", "observations"):
+        files, wanted = image_files(settings), limit + n if limit else None
+        order = torch.randperm(len(files), generator=generator).tolist()
+        images = read_images([files[i] for i in order[:wanted]], settings)[:wanted]
         n = n or max(2, len(images) // 20, min(256, len(images) // 5))
+        require(len(images) > n, f"{len(images)} images are too few to hold out {n} (--held-out)")
+        return images[n:], images[:n]
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        images = torch.from_numpy(load_digits().images * (255 / 16))[:, None].float() * (4 / 255) - 2
+        images = images[torch.randperm(len(images), generator=generator)]
         require(len(images) > n, f"{len(images)} images are too few to hold out {n} (--held-out)")
         train, test = images[n:], images[:n]
     else:
@@ -1238,13 +1273,14 @@ def torchvision_images(settings: Settings) -> tuple[Tensor, Tensor]:
     except Exception as error:  # torchvision and gdown raise many classes
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DiffEMError(f"cannot download {name} ({reason}): put {files} into {root.resolve()}") from error
-    if rank == 0 and size > 1:
-        dist.barrier()
+    finally:
+        if rank == 0 and size > 1:
+            dist.barrier()
     if name == "celeba":
         names = parts[0].filename[: settings.limit or None], parts[1].filename[: settings.held_out]
         files = [[root / "celeba/img_align_celeba" / file for file in part] for part in names]
         return tuple(read_images(part, settings) for part in files)
-    pixels = [torch.as_tensor(part.data).float() * (4 / 255) - 2 for part in parts]
+    pixels = [torch.as_tensor(part.data) for part in parts]
     return tuple(p[:, None] if p.ndim == 3 else p.permute(0, 3, 1, 2) for p in pixels)
 
 
@@ -1264,50 +1300,94 @@ def memory() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else math.inf
 
 
-def read_images(files: list[Path], settings: Settings) -> Tensor:
-    """Clean images (N, C, H, W), or observations with the mask as last channel. Prints what was
-    understood."""
+def squares(files: list[Path], settings: Settings) -> tuple[int, int, int]:
+    """For --crop, which takes images of any size: the side of the squares to cut, twice --crop if all images
+    allow it; the number to cut from each image, and from all."""
+    from PIL import Image
+
+    sizes, wanted = [], settings.limit + settings.held_out if settings.limit else 1e9
+    for path in files:
+        with suppress(Exception):  # which reading the file will report
+            if path.suffix.lower() == ".npy":
+                sizes.append(np.load(path, mmap_mode="r").shape[:2])
+            else:
+                with Image.open(path) as image:
+                    sizes.append([settings.image_size or n for n in image.size])
+    side, each = min([2 * settings.crop, *itertools.chain(*sizes)]), math.ceil(wanted / len(files))
+    require(side >= settings.crop, f"an image has a side of {side} pixels, less than --crop {settings.crop}")
+    side -= side % 16 if side > 16 else 0  # the blocks of JPEG stay in place
+    return side, each, sum(min(each, (H // side) * (W // side)) for H, W in sizes)
+
+
+def cut(y: Tensor, side: int, number: int, generator: torch.Generator) -> Tensor:
+    """Up to `number` squares of y (C, H, W), from random places of a grid: (K, C, side, side)."""
+    parts = y.unfold(1, side, side).unfold(2, side, side).flatten(1, 2).transpose(0, 1)
+    return parts[torch.randperm(len(parts), generator=generator)[:number]]
+
+
+def read_picture(path: Path, settings: Settings):
+    """An image file with its mask. Raises OSError."""
     from PIL import ImageOps
     from torchvision.transforms.functional import center_crop
 
-    from export import find_mask, read_image, read_mask, summary
+    from export import find_mask, read_image, read_mask
 
     def square(image):
         image = center_crop(image, 140) if settings.dataset == "celeba" else image
         return ImageOps.fit(image, (settings.image_size,) * 2, method=1)  # Lanczos
 
-    own, images, pictures = bool(settings.observations), torch.empty(0), []
-    resize, channels, mask = square if settings.image_size else None, 1 if settings.grey else 3, None
+    own, mask, resize = settings.observations, None, square if settings.image_size else None
+    if settings.masks:
+        mask = read_mask(find_mask(path, own, settings.masks), settings.invert_masks)
+    return read_image(path, 1 if settings.grey else 3, mask, bool(own), resize)
+
+
+def read_images(files: list[Path], settings: Settings) -> Tensor:
+    """Clean images (N, C, H, W), or observations with the mask as last channel; bytes if all files have 8
+    bits. Prints what was understood."""
+    from export import summary
+
+    own, pictures, done = bool(settings.observations), [], 0
+    side, each, number = squares(files, settings) if settings.crop else (0, 1, len(files))
+    generator = generator_for("cpu", settings.seed, 0, 5)
     for path in tqdm(files, desc="reading images", leave=False, disable=None):
         try:
-            if settings.masks:
-                mask = find_mask(path, settings.observations, settings.masks)
-                mask = read_mask(mask, settings.invert_masks)
-            picture = read_image(path, channels, mask, own, resize)
+            picture = read_picture(path, settings)
         except OSError as error:
             require(settings.skip_bad_images, f"{error}; --skip-bad-images leaves such images out")
             continue
+        y, C = torch.from_numpy(picture.y if own else picture.y[:-1]), len(picture.y) - 1
+        parts = cut(y, side, each, generator) if side else y[None]
         if not pictures:
-            need = 3 * len(files) * picture.y.nbytes / 1e9  # for observations, reconstructions and work
-            advice = "fewer (--limit)" if own else "smaller ones (--image-size) or fewer (--limit)"
-            message = f"{len(files)} images like {path} need {need:.3g} GB: take {advice}"
-            require(need < memory() / 1e9, message)
-            images = torch.empty(len(files), *picture.y.shape)
-        (H, W), (H0, W0) = picture.y.shape[1:], images.shape[2:]
-        message = f"images of mixed sizes: {path} has {W}x{H} pixels, others {W0}x{H0}"
-        require((H, W) == (H0, W0), message + "; --image-size N crops and resizes them" * (not own))
-        images[len(pictures)] = torch.from_numpy(picture.y)
-        picture.y = None  # the rest is for the line below
+            need = 12 * number * parts[0].numel() / 1e9  # for observations, reconstructions and work
+            what = f"{number} squares of {side} pixels" if side else f"{number} images like {path}"
+            advice = (
+                "take fewer (--limit), squares of them (--crop) or, if clean, smaller ones (--image-size)"
+            )
+            require(need < memory() / 1e9, f"{what} need {need:.3g} GB: {advice}")
+            images = torch.empty(number, *parts.shape[1:], dtype=torch.uint8)
+        (H, W), (H0, W0) = parts.shape[2:], images.shape[2:]
+        message = (
+            f"images of mixed sizes: {path} has {W}x{H} pixels, others {W0}x{H0}; --crop N takes squares"
+        )
+        require((H, W) == (H0, W0), message + ", --image-size N resizes them" * (not own))
+        if not images.is_floating_point():
+            if picture.levels == 255:
+                parts = torch.cat([((parts[:, :C] + 2) * (255 / 4)).round(), parts[:, C:]], 1)
+            else:
+                images = observed(images, images.device) if own else values(images)
+        images[done : done + len(parts)] = parts
+        done, picture.y = done + len(parts), None  # the rest is for the line below
         pictures.append(picture)
     require(len(pictures) > 0, "none of the images can be read")
-    images = images[: len(pictures)]
-    missing = 1 - float(images[:, -1].mean())
+    images, left_out = images[:done], len(files) - len(pictures)
+    missing = 1 - float(images[:, -1].mean(dtype=torch.float32)) if own else 0.0
     require(missing < 1, f"every pixel is missing in {settings.observations}")
-    left_out = len(files) - len(pictures)
-    line = f"{summary(pictures)}, {left_out} left out, {W}x{H} pixels, {missing:.1%} missing"
+    cuts = f"{done} squares of " if side else ""
+    line = f"{summary(pictures)}, {left_out} left out, {cuts}{W}x{H} pixels, {missing:.1%} missing"
     hint = bool(settings.masks) and missing > 0.5 and not settings.invert_masks
     print(line + "; if white pixels of the masks are the missing ones: --invert-masks" * hint)
-    return images if own else images[:, :-1]
+    return images
 
 
 # ---- Metrics and pictures, of held-out observations -------------------------------------------------------
@@ -1582,70 +1662,105 @@ class Run:
     """A run of the command line: all but the state of EM."""
 
     settings: Settings
-    corruption: Corruption
     data: Data  # y: this process's part of the observations
     digest: str  # sha256 of all observations
     device: str
     folder: Path
 
 
-def prepare(settings: Settings) -> Run:
-    """Chooses the folder, and reads or makes the observations."""
+@contextmanager
+def claimed(settings: Settings):
+    """The folder of the run. No other process can claim it meanwhile. It goes again if nothing is saved."""
+    numbered = (f"{settings.dataset}-{settings.corruption}-{i}" for i in itertools.count(1))
+    paths = (Path("runs", name) for name in ([settings.name] if settings.name else numbered))
+    for folder in [Path(settings.resume)] if settings.resume else paths:
+        if ranks()[0] > 0:  # the first process saves
+            yield folder
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        exists = not settings.resume and (folder / "checkpoint.pt").exists()
+        lock = 0 if exists else locked(folder)
+        if lock:
+            break
+    else:
+        message = f"{folder} exists: choose another --name, or continue it by --resume {folder}"
+        raise DiffEMError(message if exists else f"another process is at work in {folder}")
+    try:
+        yield folder
+    finally:
+        os.close(lock)
+        for path in (folder, folder.parent):
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
+
+
+def locked(folder: Path) -> int:
+    """A file descriptor of the folder, or 0 if another process has one. It goes with its process."""
+    try:
+        import fcntl
+
+        lock = os.open(folder, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return 0
+    except ImportError:  # Windows has no such locks
+        return os.open(os.devnull, os.O_RDONLY)
+    return lock
+
+
+def prepare(settings: Settings, folder: Path) -> Run:
+    """Reads or makes the observations."""
     rank, size = ranks()
     cuda = torch.cuda.is_available() and settings.device != "cpu"
     require(cuda or settings.device != "cuda", "there is no CUDA device here: --device cpu")
-    device, corruption = "cuda" if cuda else "cpu", CORRUPTIONS[settings.corruption](**settings.parameters)
-    stem = f"{settings.dataset}-{settings.corruption}"
-    free = (f"{stem}-{i}" for i in itertools.count(1) if not Path("runs", f"{stem}-{i}").exists())
-    folder = Path(settings.resume or Path("runs", settings.name or next(free)))
-    taken = not settings.resume and (folder / "checkpoint.pt").exists()
-    require(not taken, f"{folder} exists: choose another --name, or continue it by --resume {folder}")
-    data = observe(settings, corruption)
-    require(bool(data.y.isfinite().all()), f"{settings.corruption} gives values that are not finite")
-    number, digest = len(data.y), hashlib.sha256(data.y.numpy().tobytes()).hexdigest()
+    device, data = "cuda" if cuda else "cpu", observe(settings)
+    number, digest = len(data.y), hashlib.sha256(data.y.contiguous().numpy()).hexdigest()
     y = data.y[rank::size]
     fits = not cuda or 3 * y.nbytes < torch.cuda.mem_get_info()[0]  # y and x0 in half of the GPU's memory
     data.y, data.held_out = y.to(device if fits else "cpu"), data.held_out.to(device)
     data.truth = None if data.truth is None else data.truth.to(device)
-    corruption.masks = None if corruption.masks is None else corruption.masks.to(device)
+    masks = data.corruption.masks
+    data.corruption.masks = None if masks is None else masks.to(device)
     shown = {name: value for name, value in settings.parameters.items() if value != ()}
     shown |= dict(quality="of the files", tables="of the files") if "tables" in shown else {}
-    shown |= {} if corruption.masks is None else dict(rate="of the observed masks")
+    shown |= {} if masks is None else dict(rate="of the observed masks")
     given = ", ".join(f"{name} {value}" for name, value in shown.items())
     processes = f"{size} processes on " if size > 1 else ""
     print(f"{folder}: {number} observations, {settings.corruption} ({given}), {processes}{device}")
-    return Run(settings, corruption, data, digest, device, folder)
+    return Run(settings, data, digest, device, folder)
 
 
 def train(run: Run, checkpoint: Checkpoint | None) -> int:
     """EM with a progress bar, a report and a checkpoint after each lap, and a checkpoint every three minutes.
     Returns the exit code."""
-    settings, y, (rank, size), state = run.settings, run.data.y, ranks(), None
+    settings, data, (rank, size), state = run.settings, run.data, ranks(), None
     if checkpoint:
         require(run.digest == checkpoint.data, f"{run.folder} was made from other data")
         checkpoint.settings = settings
-        state = restore_state(checkpoint, run.corruption, run.device, y.device)
+        state = restore_state(checkpoint, data.corruption, run.device, data.y.device)
         require(settings.laps >= state.lap, f"{run.folder} has reached lap {state.lap} already: raise --laps")
     shape, saved = "{percentage:3.0f} %|{bar}| {elapsed}, {remaining} left{postfix}", time.monotonic()
     bar = tqdm(total=settings.laps, bar_format=shape, disable=rank > 0 or None)
-    states = em(y, run.corruption, settings, state, run.device)
+    states = em(data.y, data.corruption, settings, state, run.device)
     first = [next(states)] if state is None else []  # Ctrl-C ends lap 0 at once: there is nothing to save yet
     with stop_signals() as stop, bar:
         for state in itertools.chain(first, states):
-            done = state.lap - 1 + (state.step / settings.steps + state.drawn / len(y)) / 2
+            done = state.lap - 1 + (state.step / settings.steps + state.drawn / len(data.y)) / 2
             bar.update(max(0, done) - bar.n)
             if state.step % 20 == 0 and 0 < state.step < settings.steps:
                 loss = state.losses[state.step - 20 : state.step].mean()
                 bar.set_postfix_str(f"lap {state.lap}, loss {loss:.3f}")
-            complete = state.drawn == len(y)
-            if complete and rank == 0:
-                bar.write(report(run, state))
+            complete = state.drawn == len(data.y)
+            line = report(run, state) if complete and rank == 0 else ""
             # Several processes can stop or save together at steps that all of them reach
             common = size == 1 or complete or state.drawn == 0 and state.step % 20 == 0
             stopping = common and any_rank(bool(stop))
             if stopping or complete or common and any_rank(time.monotonic() - saved > 180):
                 save_checkpoint(run.folder, state, settings, run.digest)
                 saved = time.monotonic()
+            if line:
+                bar.write(line)
             if stopping:
                 bar.write(f"stopped; to continue: python {sys.argv[0]} --resume {run.folder}")
                 return 130
@@ -1666,7 +1781,7 @@ def report(run: Run, state: State) -> str:
     settings, folder, y = run.settings, run.folder, run.data.held_out
     x, new = draw_samples(state, y, settings)
     row = dict(lap=state.lap) | (dict(loss=float(state.losses.mean())) if state.lap else {})
-    row |= accuracy(x, y, run.data.truth, run.corruption) | scores(state, y, settings)
+    row |= accuracy(x, y, run.data.truth, run.data.corruption) | scores(state, y, settings)
     state.history.append({name: round(value, 5) for name, value in row.items()})
     if best_row(state.history)["lap"] == state.lap:
         state.best_weights = {name: value.clone() for name, value in state.average.state_dict().items()}
@@ -1712,6 +1827,11 @@ def any_rank(condition: bool) -> bool:
     return bool(votes)
 
 
+def first_failure() -> bool:
+    """Is this the first of the processes to fail? It says why."""
+    return not dist.is_initialized() or dist.distributed_c10d._get_default_store().add("failures", 1) == 1
+
+
 @contextmanager
 def process_group():
     """Joins the other processes of torchrun, if it started this one. Only the first process prints."""
@@ -1738,6 +1858,9 @@ def process_group():
 def main(argv: list[str] | None = None, **corruptions: type[Corruption]) -> int:
     """The command line, with your own corruptions by name. Returns the exit code, 2 after a DiffEMError."""
     CORRUPTIONS.update(corruptions)
+    for stream in (sys.stdout, sys.stderr):  # names of files may have letters that the terminal has not
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")
     try:
         with process_group():
             argv = sys.argv[1:] if argv is None else argv
@@ -1746,9 +1869,14 @@ def main(argv: list[str] | None = None, **corruptions: type[Corruption]) -> int:
             settings = parse(argv, checkpoint)
             if settings.dataset in ("cifar10", "celeba") and settings.preset == "small":
                 print("small preset, for a CPU: --preset published is the paper's, and takes days on a GPU")
-            return train(prepare(settings), checkpoint)
+            with claimed(settings) as folder:
+                return train(prepare(settings, folder), checkpoint)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # or Python would try to write the rest of it
+        print("diffem: standard output was closed", file=sys.stderr)
+        return 2
     except (DiffEMError, OSError) as error:
-        if ranks()[0] == 0:
+        if first_failure():
             print(f"diffem: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

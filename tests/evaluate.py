@@ -76,17 +76,17 @@ def evaluate(options: argparse.Namespace) -> None:
     diffem.require(number >= 2, "--num-samples takes 2 or more")
     checkpoint, device = diffem.load_checkpoint(folder), "cuda" if torch.cuda.is_available() else "cpu"
     settings, model = checkpoint.settings, diffem.model_of(checkpoint, best=options.best, device=device)
-    data = diffem.observe(settings, diffem.CORRUPTIONS[settings.corruption](**settings.parameters))
-    y, truth, reference = torch.cat([data.held_out, data.y])[:number], data.truth, None
+    data = diffem.observe(settings)
+    y, truth, reference = torch.cat([data.held_out, diffem.observed(data.y[:number], "cpu")])[:number], data.truth, None
     if options.reference:  # read before anything is sampled, so that a wrong folder costs nothing
         (H, W), like = y.shape[-2:], dict(dataset="folder", data_dir=options.reference)
         like |= dict(observations="", masks="", invert_masks=False, image_size=H if H == W else 0)
         like = replace(settings, **like)
-        reference = diffem.read_images(diffem.image_files(like), like)
+        reference = diffem.values(diffem.read_images(diffem.image_files(like), like))
         available = sys.modules.get("torch_fidelity") or importlib.util.find_spec("torch_fidelity")
         diffem.require(bool(available), "FID needs torch-fidelity: pip install torch-fidelity")
     elif truth is not None:
-        reference = diffem.load_images(settings)[0]
+        reference = diffem.values(diffem.load_images(settings)[0])
     generator = diffem.generator_for(device, settings.seed, 0, 7)
 
     def draw(y: torch.Tensor, steps: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import diffem
-from diffem import Blur, Downsample, Mask, Settings
+from diffem import Settings
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -26,7 +26,7 @@ def settings(folder, **others):
 
 
 def read(settings):
-    return diffem.read_images(diffem.image_files(settings), settings)
+    return diffem.observed(diffem.read_images(diffem.image_files(settings), settings), "cpu")
 
 
 def pixels(number=40, channels=3):
@@ -76,9 +76,8 @@ def test_grey_of_16_bits(tmp_path):
 
 def test_the_m_step_draws_the_masks_that_were_observed(tmp_path, generator):
     write_transparent(tmp_path / "in")
-    corruption = Mask(0.5)
-    data = diffem.observe(settings(tmp_path / "in"), corruption)
-    y = data.y
+    data = diffem.observe(settings(tmp_path / "in", parameters=dict(rate=0.5)))
+    y, corruption = diffem.observed(data.y, "cpu"), data.corruption
     assert data.truth is None and len(y) == 38 and len(data.held_out) == 2
     drawn = corruption(torch.randn(500, 3, 8, 8, generator=generator), generator)[:, -1]
     rows = {tuple(mask.flatten().tolist()) for mask in y[:, -1]}
@@ -89,11 +88,9 @@ def test_a_smaller_image_is_an_observation_of_a_larger_one(tmp_path):
     values, _ = pixels(4)
     for i, value in enumerate(values):
         Image.fromarray(value).save(tmp_path / f"{i}.png")
-    y = diffem.observe(settings(tmp_path), Downsample(2)).y
+    y = diffem.observe(settings(tmp_path, corruption="downsample", parameters=dict(factor=2))).y
     assert y.shape == (2, 4, 16, 16) and torch.equal(y[..., ::2, ::2], y[..., 1::2, 1::2])
-    corruption = Blur()
-    diffem.observe(settings(tmp_path), corruption)
-    assert corruption.masks is None
+    assert diffem.observe(settings(tmp_path, corruption="blur")).corruption.masks is None
 
 
 def test_jpeg_observations_bring_their_tables(tmp_path, monkeypatch, capsys):

@@ -53,7 +53,7 @@ def read_classes(options: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
     files = [files[i] for i in order[: options.images + held_out]]
     names = sorted({file.parent.name for file in files})
     classes = torch.tensor([names.index(file.parent.name) for file in files[:-held_out]])
-    x = diffem.read_images(files, settings)
+    x = diffem.values(diffem.read_images(files, settings))
     return x[:-held_out], x[-held_out:], classes
 
 
