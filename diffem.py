@@ -1303,20 +1303,20 @@ def memory() -> float:
 def squares(files: list[Path], settings: Settings) -> tuple[int, int, int]:
     """For --crop, which takes images of any size: the side of the squares to cut, twice --crop if all images
     allow it; the number to cut from each image, and from all."""
-    from PIL import Image
+    from export import image_size
 
-    sizes, wanted = [], settings.limit + settings.held_out if settings.limit else 1e9
+    sizes = {}
     for path in files:
         with suppress(Exception):  # which reading the file will report
-            if path.suffix.lower() == ".npy":
-                sizes.append(np.load(path, mmap_mode="r").shape[:2])
-            else:
-                with Image.open(path) as image:
-                    sizes.append([settings.image_size or n for n in image.size])
-    side, each = min([2 * settings.crop, *itertools.chain(*sizes)]), math.ceil(wanted / len(files))
-    require(side >= settings.crop, f"an image has a side of {side} pixels, less than --crop {settings.crop}")
+            sizes[path] = (settings.image_size,) * 2 if settings.image_size else image_size(path)
+    smallest = min(sizes, key=lambda path: min(sizes[path]), default=None)
+    side = min(2 * settings.crop, *sizes.get(smallest, (0,)))
+    require(
+        side >= settings.crop, f"{smallest} has a side of {side} pixels, less than --crop {settings.crop}"
+    )
     side -= side % 16 if side > 16 else 0  # the blocks of JPEG stay in place
-    return side, each, sum(min(each, (H // side) * (W // side)) for H, W in sizes)
+    each = math.ceil((settings.limit + settings.held_out) / len(files)) if settings.limit else 10**9
+    return side, each, sum(min(each, (H // side) * (W // side)) for H, W in sizes.values())
 
 
 def cut(y: Tensor, side: int, number: int, generator: torch.Generator) -> Tensor:

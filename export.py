@@ -268,7 +268,9 @@ def read_image(path: Path, channels: int, mask=None, alpha: bool = True, resize=
             require(values.ndim == 3 and values.shape[2] == channels, f"it is an array {values.shape}")
             picture = floating(values.astype(np.float32))
         else:
-            picture = read_pixels(path, channels, alpha, resize)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of large images
+                picture = read_pixels(path, channels, alpha, resize)
         if mask is not None:
             (H, W), (h, w) = picture.y.shape[1:], mask.shape
             require((H, W) == (h, w), f"its mask has {w}x{h} pixels, not {W}x{H}")
@@ -276,6 +278,18 @@ def read_image(path: Path, channels: int, mask=None, alpha: bool = True, resize=
     except Exception as error:  # Pillow and numpy raise many classes
         raise ExportError(f"{path} cannot be read as an image: {error}") from error
     return picture
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """The two sides of an image or .npy file, which is not read."""
+    from PIL import Image
+
+    if path.suffix.lower() == ".npy":
+        return np.load(path, mmap_mode="r").shape[:2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of large images
+        with Image.open(path) as image:
+            return image.size
 
 
 def floating(values: np.ndarray) -> Picture:
@@ -545,6 +559,20 @@ def tiles(n: int, grid: int = 16) -> list[tuple[slice, np.ndarray]]:
     return parts
 
 
+@contextlib.contextmanager
+def replacing(path: Path):
+    """A new file, put in the place of another when it is complete. A failure leaves the old one as it was."""
+    new = path.with_name(path.name + ".new")
+    try:
+        with open(new, "wb") as file:
+            yield file
+        new.replace(path)
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error}") from error
+    finally:
+        new.unlink(missing_ok=True)
+
+
 def write_images(target: Path, x: np.ndarray, like: Picture) -> None:
     """Of samples x (S, C, H, W): target_sample1 .., target_mean, and target_std, grey, white at 1. Of the
     kind of the input: 8 or 16 bits as PNG, numbers from 0 to 1 as .npy or TIFF."""
@@ -561,13 +589,12 @@ def write_images(target: Path, x: np.ndarray, like: Picture) -> None:
         path = Path(f"{target}_{name}{like.suffix}")
         kind = {1: "float32", 255: "uint8", 65535: "uint16"}[like.levels]
         values = (values if like.levels == 1 else np.round(values)).astype(kind)
-        with open(path.with_name(path.name + ".new"), "wb") as file:
+        with replacing(path) as file:
             if like.suffix == ".npy":
                 np.save(file, values)
             else:
                 extra = like.extra if name != "std" else {}
                 Image.fromarray(values).save(file, Image.registered_extensions()[like.suffix], **extra)
-        os.replace(path.with_name(path.name + ".new"), path)
 
 
 def targets(inputs: list[str], out: Path) -> dict[Path, tuple[Path, Path]]:
@@ -689,9 +716,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code, 2 after an error that the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):  # names of files may have letters that the terminal has not
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")
     try:
         options = parse(argv)
         restore(options) if argv[0] == "restore" else export(**vars(options))
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # or Python would try to write the rest to it
+        print("export: standard output was closed", file=sys.stderr)
+        return 2
     except (OSError, ImportError) as error:
         print(f"export: {error}", file=sys.stderr)
         return 2

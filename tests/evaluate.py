@@ -77,7 +77,11 @@ def evaluate(options: argparse.Namespace) -> None:
     checkpoint, device = diffem.load_checkpoint(folder), "cuda" if torch.cuda.is_available() else "cpu"
     settings, model = checkpoint.settings, diffem.model_of(checkpoint, best=options.best, device=device)
     data = diffem.observe(settings)
-    y, truth, reference = torch.cat([data.held_out, diffem.observed(data.y[:number], "cpu")])[:number], data.truth, None
+    y, truth, reference = (
+        torch.cat([data.held_out, diffem.observed(data.y[:number], "cpu")])[:number],
+        data.truth,
+        None,
+    )
     if options.reference:  # read before anything is sampled, so that a wrong folder costs nothing
         (H, W), like = y.shape[-2:], dict(dataset="folder", data_dir=options.reference)
         like |= dict(observations="", masks="", invert_masks=False, image_size=H if H == W else 0)

@@ -145,3 +145,27 @@ def test_a_dead_process_ends_the_run_and_leaves_the_checkpoint_whole(tmp_path):
     assert run.returncode != 0
     assert "another process of this run has died" in errors
     assert diffem.load_checkpoint(tmp_path / "runs/two").state["lap"] >= 0
+
+
+def test_the_reason_is_told_once_by_the_process_that_has_it(tmp_path):
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import diffem
+if os.environ["RANK"] == "1":
+    def broken(settings):
+        raise diffem.DiffEMError("no such disk here")
+    diffem.observe = broken
+os._exit(diffem.main())
+"""
+    (tmp_path / "one_fails.py").write_text(code)
+    for file, flags, reason in (
+        ("one_fails.py", [], "no such disk here"),
+        (ROOT / "diffem.py", ["--lr", "-1"], "--lr"),
+    ):
+        command = [*TORCHRUN, file, *FLAGS.split(), "--device", "cpu", *flags]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        )
+        lines = [line for line in done.stderr.splitlines() if line.startswith("diffem: ")]
+        assert done.returncode != 0 and len(lines) == 1 and reason in lines[0], done.stderr

@@ -2,12 +2,14 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -169,3 +171,142 @@ def test_killed_at_any_instant_and_resumed(tmp_path):
     assert torch.equal(whole["x0"], parts["x0"])
     metrics = [(tmp_path / "runs" / name / "metrics.jsonl").read_bytes() for name in ("whole", "one")]
     assert metrics[0] == metrics[1]
+
+
+# ---- Your own corruption, wrong in many ways: one line with its file and class
+
+
+class Own(diffem.Corruption):
+    noise = 0.1
+
+
+class Fails(Own):
+    def A(self, x):
+        raise IndexError("out of film")
+
+
+class Nothing(Own):
+    def observe(self, x, m, generator):
+        return None
+
+
+class Smaller(Own):
+    def observe(self, x, m, generator):
+        return super().observe(x, m, generator)[..., ::2, ::2]
+
+
+class Double(Own):
+    def A(self, x):
+        return x.double()
+
+
+class Numpy(Own):
+    def observe(self, x, m, generator):
+        return torch.cat([x, m], 1).numpy()
+
+
+class NotMade(Own):
+    def __init__(self, level: float = 1.0):
+        self.level = level
+
+
+class Huge(Own):
+    def A(self, x):
+        return 1e30 * x
+
+
+class Exits(Own):
+    def A(self, x):
+        sys.exit(7)
+
+
+class HalfMask(Own):
+    def mask(self, x, generator):
+        return 0.5 * torch.ones_like(x[:, :1])
+
+
+class Broken(Own):
+    def __init__(self, level: float = 1.0):
+        super().__init__(level=level)
+        raise TypeError("no such camera")
+
+
+@pytest.mark.parametrize(
+    "own, message",
+    [(Fails, "out of film"), (Nothing, "NoneType in place of a tensor"), (Smaller, r"\(2, 2, 4, 4\) in place of"),
+     (Double, "float32, not torch.float64"), (Numpy, "ndarray in place of a tensor"), (NotMade, "NotMade"),
+     (Huge, "black is -2"), (Exits, "SystemExit: 7"), (HalfMask, "must be 1 where observed"), (Broken, "no such camera")],
+)  # fmt: skip
+def test_a_wrong_own_corruption_is_named(own, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(diffem, "CORRUPTIONS", dict(diffem.CORRUPTIONS))
+    capsys.readouterr()
+    assert diffem.main([*TINY, "--corruption", "own"], own=own) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1
+    assert f"test_faults.py, {own.__name__}: " in error and not (tmp_path / "runs").exists()
+
+
+# ---- Two processes, one folder; streams that cannot be written
+
+
+def test_a_run_is_of_one_process(run, tmp_path, monkeypatch, capsys):
+    copy(run, tmp_path / "runs/one")
+    monkeypatch.chdir(tmp_path)
+    settings = diffem.Settings(resume="runs/one")
+    with diffem.claimed(settings) as folder:
+        assert "another process is at work in runs/one" in fails(
+            ["--resume", "runs/one", "--laps", "3"], capsys
+        )
+    assert (folder / "checkpoint.pt").exists()
+    with diffem.claimed(diffem.Settings()) as first, diffem.claimed(diffem.Settings()) as second:
+        assert [first.name, second.name] == ["digits-mask-1", "digits-mask-2"]
+    (tmp_path / "runs/dead").mkdir()  # of a start that was killed
+    assert not first.exists() and not second.exists()
+    assert diffem.main([*TINY, "--name", "dead"]) == 0
+
+
+def test_a_lock_goes_with_its_process(run, tmp_path):
+    copy(run, tmp_path / "runs/one")
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import diffem, time; c = diffem.claimed(diffem.Settings(resume='runs/one'))"
+    command = [sys.executable, "-c", code + "; c.__enter__(); print(flush=True); time.sleep(99)"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert diffem.locked(tmp_path / "runs/one") == 0
+        process.kill()
+    lock = diffem.locked(tmp_path / "runs/one")
+    assert lock > 0
+    os.close(lock)
+
+
+@pytest.mark.parametrize("program", ["diffem.py", "export.py"])
+def test_closed_pipes_and_plain_terminals(program, run, tmp_path):
+    def call(*arguments, **options):
+        command = [sys.executable, str(ROOT / program), *map(str, arguments)]
+        return subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, **options)
+
+    copy(run, tmp_path / "runs/one")
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = [*TINY, "--name", "two"] if program == "diffem.py" else ["runs/one"]
+    done = call(*arguments, stdout=writer)
+    os.close(writer)
+    assert done.returncode == 2 and done.stderr == f"{program[:-3]}: standard output was closed\n"
+    plain = os.environ | dict(PYTHONIOENCODING="ascii")
+    done = call("--observations" if program == "diffem.py" else "runs/é", "runs/é", env=plain)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "\\xe9" in done.stderr
+
+
+def test_restoring_to_a_full_disk_leaves_whole_files_only(tmp_path, monkeypatch):
+    y = np.zeros((4, 8, 8), np.float32)
+    (tmp_path / "a_sample1.png").write_bytes(b"old")
+    monkeypatch.setattr(
+        "PIL.Image.Image.save", lambda image, file, *rest, **options: (file.write(b"x"), full())
+    )
+
+    def full():
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(export.ExportError, match="cannot write .*a_sample1.png: .*No space left"):
+        export.write_images(tmp_path / "a", y[None, :3], export.Picture(y, 255))
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]

@@ -571,3 +571,61 @@ def test_small_and_odd_sizes_work(size, tmp_path, monkeypatch, capsys):
         return
     assert code == 0, error
     assert "NaN" not in (tmp_path / "runs/own/metrics.jsonl").read_text()
+
+
+def test_squares_of_images_of_mixed_sizes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    generator, seen = np.random.default_rng(0), set()
+    for folder in ("in", "masks"):
+        (tmp_path / folder).mkdir()
+    for i, (H, W) in enumerate([(40, 70), (64, 40), (48, 48), (100, 33)] * 3):
+        photo, known = generator.integers(0, 256, (H, W, 3)).astype(np.uint8), generator.random((H, W)) < 0.6
+        pillow(photo)(tmp_path / f"in/{i}.png")
+        pillow(known)(tmp_path / f"masks/{i}.png")
+        cells = [
+            (slice(j, j + 32), slice(k, k + 32)) for j in range(0, H - 31, 32) for k in range(0, W - 31, 32)
+        ]
+        seen |= {((photo * known[..., None])[cell].tobytes(), known[cell].tobytes()) for cell in cells}
+    flags = ["--observations", "in", "--masks", "masks", *TINY]
+    assert diffem.main(flags) == 2
+    assert "mixed sizes" in (error := capsys.readouterr().err) and "--crop" in error
+    assert diffem.main([*flags, "--crop", "50"]) == 2
+    assert "has a side of 33 pixels, less than --crop 50" in capsys.readouterr().err
+    settings = diffem.Settings(dataset="observations", observations="in", masks="masks", crop=20, held_out=3)
+    y = diffem.observe(settings).y
+    assert y.dtype == torch.uint8 and y.shape == (
+        len(seen) - 3,
+        4,
+        32,
+        32,
+    )  # 2 x 20, but for 33 pixels and 16
+    cut = {
+        ((v[:3] * v[3:]).permute(1, 2, 0).numpy().tobytes(), v[3].numpy().astype(bool).tobytes()) for v in y
+    }
+    assert cut < seen and len(cut) == len(y)
+    assert diffem.main([*flags, "--crop", "20", "--limit", "7"]) == 0
+    assert "11 squares of 32x32 pixels" in (out := capsys.readouterr().out) and "7 observations" in out
+
+
+def test_images_of_8_bits_are_bytes_in_memory(tmp_path):
+    folder_of(
+        tmp_path / "in", lambda i: pillow(np.dstack([np.roll(P, i), 255 * holes(i)]).astype(np.uint8)), "png"
+    )
+    for own in (
+        dict(observations=str(tmp_path / "in")),
+        dict(dataset="folder", data_dir=str(tmp_path / "in")),
+    ):
+        settings = diffem.Settings(**dict(dataset="observations") | own, held_out=2)
+        train, test = diffem.load_images(settings)
+        assert train.dtype == test.dtype == torch.uint8
+        images = diffem.read_images(diffem.image_files(settings), settings)
+        exact = torch.stack([torch.from_numpy(read_image(path, 3, alpha="observations" in own).y)
+                             for path in diffem.image_files(settings)])  # fmt: skip
+        if "observations" in own:
+            assert torch.equal(diffem.observed(images, "cpu"), exact)
+        else:
+            assert torch.equal(diffem.values(images), exact[:, :3])
+        pillow(SIXTEEN)(tmp_path / "in/deep.png")  # among others: all in floating point then
+        mixed = diffem.read_images(diffem.image_files(settings), settings)
+        assert mixed.dtype == torch.float32 and torch.equal(mixed[:12, :3], exact[:, :3])
+        (tmp_path / "in/deep.png").unlink()
