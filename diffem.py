@@ -39,6 +39,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -1339,7 +1340,7 @@ def read_picture(path: Path, settings: Settings):
     own, mask, resize = settings.observations, None, square if settings.image_size else None
     if settings.masks:
         mask = read_mask(find_mask(path, own, settings.masks), settings.invert_masks)
-    return read_image(path, 1 if settings.grey else 3, mask, bool(own), resize)
+    return read_image(path, 1 if settings.grey else 3, mask, bool(own), resize, bytes=True)
 
 
 def read_images(files: list[Path], settings: Settings) -> Tensor:
@@ -1356,7 +1357,7 @@ def read_images(files: list[Path], settings: Settings) -> Tensor:
         except OSError as error:
             require(settings.skip_bad_images, f"{error}; --skip-bad-images leaves such images out")
             continue
-        y, C = torch.from_numpy(picture.y if own else picture.y[:-1]), len(picture.y) - 1
+        y = torch.from_numpy(picture.y if own else picture.y[:-1])
         parts = cut(y, side, each, generator) if side else y[None]
         if not pictures:
             need = 12 * number * parts[0].numel() / 1e9  # for observations, reconstructions and work
@@ -1365,17 +1366,14 @@ def read_images(files: list[Path], settings: Settings) -> Tensor:
                 "take fewer (--limit), squares of them (--crop) or, if clean, smaller ones (--image-size)"
             )
             require(need < memory() / 1e9, f"{what} need {need:.3g} GB: {advice}")
-            images = torch.empty(number, *parts.shape[1:], dtype=torch.uint8)
+            images = torch.empty(number, *parts.shape[1:], dtype=parts.dtype)
         (H, W), (H0, W0) = parts.shape[2:], images.shape[2:]
         message = (
             f"images of mixed sizes: {path} has {W}x{H} pixels, others {W0}x{H0}; --crop N takes squares"
         )
         require((H, W) == (H0, W0), message + ", --image-size N resizes them" * (not own))
-        if not images.is_floating_point():
-            if picture.levels == 255:
-                parts = torch.cat([((parts[:, :C] + 2) * (255 / 4)).round(), parts[:, C:]], 1)
-            else:
-                images = observed(images, images.device) if own else values(images)
+        if images.dtype != parts.dtype:
+            images, parts = (observed(v, v.device) if own else values(v) for v in (images, parts))
         images[done : done + len(parts)] = parts
         done, picture.y = done + len(parts), None  # the rest is for the line below
         pictures.append(picture)
@@ -1858,6 +1856,7 @@ def process_group():
 def main(argv: list[str] | None = None, **corruptions: type[Corruption]) -> int:
     """The command line, with your own corruptions by name. Returns the exit code, 2 after a DiffEMError."""
     CORRUPTIONS.update(corruptions)
+    warnings.filterwarnings("ignore", module="PIL")  # of large images
     for stream in (sys.stdout, sys.stderr):  # names of files may have letters that the terminal has not
         if hasattr(stream, "reconfigure"):  # a notebook's has not
             stream.reconfigure(errors="backslashreplace")

@@ -257,10 +257,12 @@ def names_in(folder: Path, changed: int) -> dict[str, list[Path]]:
     return found
 
 
-def read_image(path: Path, channels: int, mask=None, alpha: bool = True, resize=None) -> Picture:
+def read_image(
+    path: Path, channels: int, mask=None, alpha: bool = True, resize=None, bytes: bool = False
+) -> Picture:
     """An image or .npy file. Pixels are missing where it is transparent (if `alpha`) or NaN, and where `mask`
-    (H, W) is False. resize: a function of a Pillow image. Raises ExportError for what cannot be read without
-    a doubt."""
+    (H, W) is False. resize: a function of a Pillow image. bytes: leave values of 8 bits as they are. Raises
+    ExportError for what cannot be read without a doubt."""
     try:
         require(path.is_file(), "it is not a regular file")
         if path.suffix.lower() == ".npy":
@@ -268,13 +270,14 @@ def read_image(path: Path, channels: int, mask=None, alpha: bool = True, resize=
             require(values.ndim == 3 and values.shape[2] == channels, f"it is an array {values.shape}")
             picture = floating(values.astype(np.float32))
         else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of large images
-                picture = read_pixels(path, channels, alpha, resize)
+            picture = read_pixels(path, channels, alpha, resize)
         if mask is not None:
             (H, W), (h, w) = picture.y.shape[1:], mask.shape
             require((H, W) == (h, w), f"its mask has {w}x{h} pixels, not {W}x{H}")
             picture.y *= mask
+        if picture.y.dtype == np.uint8 and not bytes:
+            m = picture.y[-1:]
+            picture.y = np.concatenate([m * (np.float32(4 / 255) * picture.y[:-1] - 2), m], dtype=np.float32)
     except Exception as error:  # Pillow and numpy raise many classes
         raise ExportError(f"{path} cannot be read as an image: {error}") from error
     return picture
@@ -286,10 +289,8 @@ def image_size(path: Path) -> tuple[int, int]:
 
     if path.suffix.lower() == ".npy":
         return np.load(path, mmap_mode="r").shape[:2]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of large images
-        with Image.open(path) as image:
-            return image.size
+    with Image.open(path) as image:
+        return image.size
 
 
 def floating(values: np.ndarray) -> Picture:
@@ -335,9 +336,9 @@ def read_pixels(path: Path, channels: int, alpha: bool, resize) -> Picture:
     else:
         image = image.convert("RGBA")  # what is transparent by a palette or a colour, too
         image = image.convert("LA") if channels == 1 else image
-        values = np.asarray(resize(image) if resize else image, np.float32).transpose(2, 0, 1)
+        values = np.asarray(resize(image) if resize else image).transpose(2, 0, 1)
         m = values[-1:] == 255 if alpha else np.ones_like(values[-1:], bool)
-        picture = Picture(np.concatenate([m * (4 / 255 * values[:-1] - 2), m]).astype(np.float32), 255)
+        picture = Picture(np.concatenate([values[:-1], m]), 255)
         picture.soft = float((~m & (values[-1:] > 0)).mean())  # a soft edge: the colour there is a mixture
     picture.grey, picture.extra = grey, extra
     return picture
@@ -716,6 +717,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code, 2 after an error that the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
+    warnings.filterwarnings("ignore", module="PIL")  # of large images
     for stream in (sys.stdout, sys.stderr):  # names of files may have letters that the terminal has not
         if hasattr(stream, "reconfigure"):  # a notebook's has not
             stream.reconfigure(errors="backslashreplace")

@@ -113,6 +113,10 @@ def em_mmps(
     config = replace(config, p_unconditional=1.0)
     state = MMPSState(**vars(start or next(diffem.em(y, corruption, config))))
     state.iterations, state.observed_by = iterations, corruption
+    if y.ndim == 4:  # without y, one step of the Gaussian's conjugate gradients is exact, and has a gradient
+        for denoiser in (state.denoiser, state.average.module):
+            denoiser.likelihood = Corruption()
+            denoiser.likelihood.block = 0
     yield state
     yield from diffem.em(y, corruption, config, state)
 
