@@ -37,7 +37,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 import warnings
 import zipfile
@@ -1168,18 +1167,16 @@ class Settings(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        both = ("folder", "observations")
-        ok = (self.dataset == "observations") == bool(self.observations)
-        require(ok, "--observations FOLDER is the data set, without another one")
+        own, both = self.dataset == "observations", ("folder", "observations")
+        require(own == bool(self.observations), "--observations FOLDER is the data set, without another one")
         ok = self.held_out > 1 or self.held_out == 0 and self.dataset in both
         require(ok, "--held-out must be at least 2, or 0 for a part of a folder")
         ok = Path(self.name).name == self.name != ".." and self.name.isprintable()
         require(ok, f"--name {self.name!r} must be the name of a folder below runs/")
-        own = dict(image_size=("folder", "celeba"), masks=both[1:], invert_masks=both[1:], grey=both)
-        own |= dict(skip_bad_images=both)
-        for name, places in own.items():
-            ok = self.dataset in places or not getattr(self, name)
-            require(ok, f"--{name.replace('_', '-')} is for --dataset {' or '.join(places)}")
+        places = dict.fromkeys(("masks", "invert_masks"), both[1:]) | dict(image_size=("folder", "celeba"))
+        for name, names in (places | dict(grey=both, skip_bad_images=both)).items():
+            ok = self.dataset in names or not getattr(self, name)
+            require(ok, f"--{name.replace('_', '-')} is for --dataset {' or '.join(names)}")
 
 
 # ---- Data -------------------------------------------------------------------------------------------------
@@ -1193,6 +1190,7 @@ class Data:
     y: Tensor  # observations to train on
     held_out: Tensor  # other observations, for the metrics
     truth: Tensor | None  # clean images of the held-out observations, if they are known
+    digest: str = ""  # sha256 of all observations
 
 
 def observe(settings: Settings) -> Data:
@@ -1257,16 +1255,16 @@ def torchvision_images(settings: Settings) -> tuple[Tensor, Tensor]:
     """The training and the test set, downloaded at first use."""
     from torchvision import datasets
 
-    name, root = settings.dataset, Path(settings.data_dir)
+    name, root, (rank, size) = settings.dataset, Path(settings.data_dir), ranks()
     source, files = dict(
         mnist=("MNIST", "MNIST/raw/*-ubyte.gz"),
         fashion_mnist=("FashionMNIST", "FashionMNIST/raw/*-ubyte.gz"),
         cifar10=("CIFAR10", "cifar-10-python.tar.gz"),
         celeba=("CelebA", "celeba/img_align_celeba.zip and, beside it, list_*.txt and identity_CelebA.txt"),
     )[name]
-    flags = [dict(split="train"), dict(split="test")]
-    flags = flags if name == "celeba" else [dict(train=True), dict(train=False)]
-    rank, size = ranks()
+    flags = [
+        dict(split=part) if name == "celeba" else dict(train=part == "train") for part in ("train", "test")
+    ]
     if rank > 0:
         dist.barrier()  # the first process downloads
     try:
@@ -1530,6 +1528,16 @@ class Checkpoint:
     def __post_init__(self):
         self.settings = Settings(**self.settings)
 
+    def model(self, corruption: Corruption | None = None, best: bool = False, device="cpu") -> Denoiser:
+        """See `load`."""
+        name, parameters = self.settings.corruption, self.settings.parameters
+        known = corruption or name in CORRUPTIONS
+        require(known, f"{self.folder} has its own corruption {name!r}: give it to load() or export()")
+        state = restore_state(self, corruption or CORRUPTIONS[name](**parameters), device)
+        if best and state.best_weights:
+            state.average.load_state_dict(state.best_weights)
+        return state.model
+
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:
     """Reads checkpoint.pt without running code from it. Raises DiffEMError if it is anything else."""
@@ -1568,18 +1576,7 @@ def restore_state(checkpoint: Checkpoint, corruption: Corruption, device="cpu", 
 def load(folder, corruption: Corruption | None = None, best: bool = False, device="cpu") -> Denoiser:
     """The model of a run folder, of the last lap or of that with the best energy score. Your own corruption
     must be given, since loading runs no code of yours."""
-    return model_of(load_checkpoint(folder), corruption, best, device)
-
-
-def model_of(checkpoint: Checkpoint, corruption=None, best: bool = False, device="cpu") -> Denoiser:
-    """As `load`, of a checkpoint that was read already."""
-    name, parameters = checkpoint.settings.corruption, checkpoint.settings.parameters
-    known = corruption or name in CORRUPTIONS
-    require(known, f"{checkpoint.folder} has its own corruption {name!r}: give it to load()")
-    state = restore_state(checkpoint, corruption or CORRUPTIONS[name](**parameters), device)
-    if best and state.best_weights:
-        state.average.load_state_dict(state.best_weights)
-    return state.model
+    return load_checkpoint(folder).model(corruption, best, device)
 
 
 # ---- Command line -----------------------------------------------------------------------------------------
@@ -1655,17 +1652,6 @@ def parse(argv: list[str], checkpoint: Checkpoint | None) -> Settings:
 # ---- A run: config.json, checkpoint.pt, metrics.jsonl, lap_NN.png -----------------------------------------
 
 
-@dataclass
-class Run:
-    """A run of the command line: all but the state of EM."""
-
-    settings: Settings
-    data: Data  # y: this process's part of the observations
-    digest: str  # sha256 of all observations
-    device: str
-    folder: Path
-
-
 @contextmanager
 def claimed(settings: Settings):
     """The folder of the run. No other process can claim it meanwhile. It goes again if nothing is saved."""
@@ -1707,14 +1693,14 @@ def locked(folder: Path) -> int:
     return lock
 
 
-def prepare(settings: Settings, folder: Path) -> Run:
-    """Reads or makes the observations."""
+def prepare(settings: Settings, folder: Path) -> Data:
+    """Reads or makes the observations. Keeps this process's part of them."""
     rank, size = ranks()
     cuda = torch.cuda.is_available() and settings.device != "cpu"
     require(cuda or settings.device != "cuda", "there is no CUDA device here: --device cpu")
     device, data = "cuda" if cuda else "cpu", observe(settings)
-    number, digest = len(data.y), hashlib.sha256(data.y.contiguous().numpy()).hexdigest()
-    y = data.y[rank::size]
+    number, y = len(data.y), data.y[rank::size]
+    data.digest = hashlib.sha256(data.y.contiguous().numpy()).hexdigest()
     fits = not cuda or 3 * y.nbytes < torch.cuda.mem_get_info()[0]  # y and x0 in half of the GPU's memory
     data.y, data.held_out = y.to(device if fits else "cpu"), data.held_out.to(device)
     data.truth = None if data.truth is None else data.truth.to(device)
@@ -1726,21 +1712,21 @@ def prepare(settings: Settings, folder: Path) -> Run:
     given = ", ".join(f"{name} {value}" for name, value in shown.items())
     processes = f"{size} processes on " if size > 1 else ""
     print(f"{folder}: {number} observations, {settings.corruption} ({given}), {processes}{device}")
-    return Run(settings, data, digest, device, folder)
+    return data
 
 
-def train(run: Run, checkpoint: Checkpoint | None) -> int:
+def train(settings: Settings, data: Data, folder: Path, checkpoint: Checkpoint | None) -> int:
     """EM with a progress bar, a report and a checkpoint after each lap, and a checkpoint every three minutes.
     Returns the exit code."""
-    settings, data, (rank, size), state = run.settings, run.data, ranks(), None
+    (rank, size), device, state = ranks(), data.held_out.device, None
     if checkpoint:
-        require(run.digest == checkpoint.data, f"{run.folder} was made from other data")
+        require(data.digest == checkpoint.data, f"{folder} was made from other data")
         checkpoint.settings = settings
-        state = restore_state(checkpoint, data.corruption, run.device, data.y.device)
-        require(settings.laps >= state.lap, f"{run.folder} has reached lap {state.lap} already: raise --laps")
+        state = restore_state(checkpoint, data.corruption, device, data.y.device)
+        require(settings.laps >= state.lap, f"{folder} has reached lap {state.lap} already: raise --laps")
     shape, saved = "{percentage:3.0f} %|{bar}| {elapsed}, {remaining} left{postfix}", time.monotonic()
     bar = tqdm(total=settings.laps, bar_format=shape, disable=rank > 0 or None)
-    states = em(data.y, data.corruption, settings, state, run.device)
+    states = em(data.y, data.corruption, settings, state, device)
     first = [next(states)] if state is None else []  # Ctrl-C ends lap 0 at once: there is nothing to save yet
     with stop_signals() as stop, bar:
         for state in itertools.chain(first, states):
@@ -1750,44 +1736,43 @@ def train(run: Run, checkpoint: Checkpoint | None) -> int:
                 loss = state.losses[state.step - 20 : state.step].mean()
                 bar.set_postfix_str(f"lap {state.lap}, loss {loss:.3f}")
             complete = state.drawn == len(data.y)
-            line = report(run, state) if complete and rank == 0 else ""
+            line = report(settings, data, folder, state) if complete and rank == 0 else ""
             # Several processes can stop or save together at steps that all of them reach
             common = size == 1 or complete or state.drawn == 0 and state.step % 20 == 0
             stopping = common and any_rank(bool(stop))
             if stopping or complete or common and any_rank(time.monotonic() - saved > 180):
-                save_checkpoint(run.folder, state, settings, run.digest)
+                save_checkpoint(folder, state, settings, data.digest)
                 saved = time.monotonic()
             if line:
                 bar.write(line)
             if stopping:
-                bar.write(f"stopped; to continue: python {sys.argv[0]} --resume {run.folder}")
+                bar.write(f"stopped; to continue: python {sys.argv[0]} --resume {folder}")
                 return 130
     if rank == 0:
         first, last, best = state.history[0], state.history[-1], best_row(state.history)
         if last["energy"] > 1.05 * best["energy"]:
-            print(f"lap {best['lap']} has a better energy score than the last: export.py {run.folder} --best")
+            print(f"lap {best['lap']} has a better energy score than the last: export.py {folder} --best")
         if "psnr_mean" in last:
             a, b = first["psnr_mean"], last["psnr_mean"]
             print(f"PSNR of the posterior mean: start {a:.2f} dB, DiffEM {b:.2f} dB ({b - a:+.2f} dB)")
-        print(f"picture: {run.folder}/lap_{last['lap']:02d}.png")
+        print(f"picture: {folder}/lap_{last['lap']:02d}.png")
     return 0
 
 
 @torch.no_grad()
-def report(run: Run, state: State) -> str:
+def report(settings: Settings, data: Data, folder: Path, state: State) -> str:
     """Measures a complete lap, for state.history, metrics.jsonl and a picture. Returns a line to print."""
-    settings, folder, y = run.settings, run.folder, run.data.held_out
+    y = data.held_out
     x, new = draw_samples(state, y, settings)
     row = dict(lap=state.lap) | (dict(loss=float(state.losses.mean())) if state.lap else {})
-    row |= accuracy(x, y, run.data.truth, run.data.corruption) | scores(state, y, settings)
+    row |= accuracy(x, y, data.truth, data.corruption) | scores(state, y, settings)
     state.history.append({name: round(value, 5) for name, value in row.items()})
     if best_row(state.history)["lap"] == state.lap:
         state.best_weights = {name: value.clone() for name, value in state.average.state_dict().items()}
-    folder.mkdir(parents=True, exist_ok=True)
     for name, rows in {"config.json": [asdict(settings)], "metrics.jsonl": state.history}.items():
         text = "".join(json.dumps(row) + "\n" for row in rows).encode()
         replace_file(folder / name, lambda file: file.write(text))
-    save_picture(folder / f"lap_{state.lap:02d}.png", run.data, x, new)
+    save_picture(folder / f"lap_{state.lap:02d}.png", data, x, new)
     line = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "lap")
     return f"lap {state.lap}/{settings.laps}  {line}"
 
@@ -1800,17 +1785,15 @@ def best_row(history: list[dict]) -> dict:
 @contextmanager
 def stop_signals():
     """A list that receives the first Ctrl-C or SIGTERM: a run stops between two steps. A second one kills."""
-    received = []
-    if threading.current_thread() is not threading.main_thread():  # which alone receives signals
-        yield received
-        return
+    received, handlers = [], {}
 
     def receive(number, frame):
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        with suppress(ValueError):  # only the main thread receives signals
+            handlers = {n: signal.signal(n, receive) for n in (signal.SIGINT, signal.SIGTERM)}
         yield received
     finally:
         for number, handler in handlers.items():
@@ -1823,11 +1806,6 @@ def any_rank(condition: bool) -> bool:
     if ranks()[1] > 1:
         dist.all_reduce(votes)
     return bool(votes)
-
-
-def first_failure() -> bool:
-    """Is this the first of the processes to fail? It says why."""
-    return not dist.is_initialized() or dist.distributed_c10d._get_default_store().add("failures", 1) == 1
 
 
 @contextmanager
@@ -1857,9 +1835,8 @@ def main(argv: list[str] | None = None, **corruptions: type[Corruption]) -> int:
     """The command line, with your own corruptions by name. Returns the exit code, 2 after a DiffEMError."""
     CORRUPTIONS.update(corruptions)
     warnings.filterwarnings("ignore", module="PIL")  # of large images
-    for stream in (sys.stdout, sys.stderr):  # names of files may have letters that the terminal has not
-        if hasattr(stream, "reconfigure"):  # a notebook's has not
-            stream.reconfigure(errors="backslashreplace")
+    with suppress(AttributeError):  # of a notebook. Names of files may have letters that a terminal lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with process_group():
             argv = sys.argv[1:] if argv is None else argv
@@ -1869,13 +1846,13 @@ def main(argv: list[str] | None = None, **corruptions: type[Corruption]) -> int:
             if settings.dataset in ("cifar10", "celeba") and settings.preset == "small":
                 print("small preset, for a CPU: --preset published is the paper's, and takes days on a GPU")
             with claimed(settings) as folder:
-                return train(prepare(settings, folder), checkpoint)
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # or Python would try to write the rest of it
-        print("diffem: standard output was closed", file=sys.stderr)
-        return 2
+                return train(settings, prepare(settings, folder), folder, checkpoint)
     except (DiffEMError, OSError) as error:
-        if first_failure():
+        if isinstance(error, BrokenPipeError):
+            sys.stdout = open(os.devnull, "w")  # or Python tries once more to write what is left
+        # Of several processes, the first to fail says why
+        failures = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
+        if failures is None or failures.add("failures", 1) == 1:
             print(f"diffem: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -174,7 +174,7 @@ def export(folder: str, out: str = "", half: bool = False, best: bool = False, c
 
     try:
         checkpoint = diffem.load_checkpoint(folder)
-        settings, denoiser = checkpoint.settings, diffem.model_of(checkpoint, corruption, best)
+        settings, denoiser = checkpoint.settings, checkpoint.model(corruption, best)
     except diffem.DiffEMError as error:
         raise ExportError(str(error)) from error
     denoiser.bfloat16, out = False, Path(out or folder)  # the files compute in float32
@@ -629,12 +629,32 @@ def observation(path: Path, folder: Path, metadata: dict, options: argparse.Name
     return picture
 
 
+def grouped(files: dict, restorer: Restorer, options: argparse.Namespace, bad: list):
+    """The pictures by target, in groups of one size and depth, that are sampled together. What cannot be read
+    goes to `bad`."""
+    group = {}
+    for target, (file, folder) in files.items():
+        try:
+            picture = observation(file, folder, restorer.metadata, options)
+        except ExportError as error:
+            bad.append(str(error))
+            continue
+        last = next(iter(group.values()), picture)
+        full = len(group) * options.samples * picture.y[0].size > PIXELS[restorer.device]
+        if group and (full or last.y.shape != picture.y.shape or last.levels != picture.levels):
+            yield group
+            group = {}
+        group[target] = picture
+    if group:
+        yield group
+
+
 def restore(options: argparse.Namespace) -> None:
     """Restores image files. The result for an image does not depend on the others. Those that cannot be read
     are named in the end, and raise ExportError unless they may be skipped; the others are restored all the
     same."""
     restorer, out, samples = Restorer(options.model, options.device), Path(options.out), options.samples
-    meta, waiting, bad, done, full_views = restorer.metadata, {}, [], 0, 0
+    meta, bad, done, full_views = restorer.metadata, [], 0, 0
     steps, method = options.steps or meta["steps"], options.method or meta["method"]
     sampler(method, steps, 1, 2)  # raises if there is no such method or number
     require(samples >= 1 and options.seed >= 0, "--samples must be at least 1 and --seed 0")
@@ -642,37 +662,21 @@ def restore(options: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if options.device == "auto" and restorer.no_cuda:
         print(f"on the CPU: {restorer.no_cuda}", file=sys.stderr)
-
-    def flush() -> None:  # images of one size are sampled together
-        pictures = list(waiting.values())
-        y, seeds = np.stack([picture.y for picture in pictures]), [(options.seed, i) for i in range(samples)]
-        exact = 2 / max(picture.levels for picture in pictures)
+    seeds = [(options.seed, i) for i in range(samples)]
+    for group in grouped(files, restorer, options, bad):
+        pictures = list(group.values())
+        y, exact = np.stack([picture.y for picture in pictures]), 2 / pictures[0].levels
         x = restorer.sample(np.repeat(y, samples, 0), steps, method, seeds * len(y), exact)
-        for target, picture, images in zip(waiting, pictures, x.reshape(len(y), samples, *x.shape[1:])):
+        for target, picture, images in zip(group, pictures, x.reshape(len(y), samples, *x.shape[1:])):
             write_images(target, images, picture)
-        waiting.clear()
-
-    for target, (file, folder) in files.items():
-        try:
-            picture = observation(file, folder, meta, options)
-        except ExportError as error:
-            bad.append(str(error))
-            continue
-        full_views += bool(meta["masks"] and picture.y[-1].all())
-        last = next(iter(waiting.values()), picture)
-        full = len(waiting) * samples * picture.y[0].size > PIXELS[restorer.device]
-        if waiting and (full or last.y.shape != picture.y.shape or last.levels != picture.levels):
-            done += len(waiting)
-            flush()
-            if sys.stderr.isatty():
-                print(f"\r{done} of {len(files)} ", end="", file=sys.stderr, flush=True)
-        waiting[target] = picture
-    if waiting:
-        flush()
+        done += len(group)
+        full_views += sum(bool(meta["masks"] and picture.y[-1].all()) for picture in pictures)
+        if sys.stderr.isatty():
+            print(f"\r{done} of {len(files)} ", end="", file=sys.stderr, flush=True)
     if full_views:
         number = f"{full_views} of {len(files)} images"
         print(f"no pixel is missing in {number}: alpha, NaN or --masks?", file=sys.stderr)
-    print(f"{out}: {len(files) - len(bad)} restored, {samples} samples each, by {steps} steps of {method}")
+    print(f"{out}: {done} restored, {samples} samples each, by {steps} steps of {method}")
     more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
     message = f"{(bad or [''])[0]}{more}; --skip-bad-images leaves them out"
     require(options.skip_bad_images or not bad, message)
@@ -718,17 +722,14 @@ def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code, 2 after an error that the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
     warnings.filterwarnings("ignore", module="PIL")  # of large images
-    for stream in (sys.stdout, sys.stderr):  # names of files may have letters that the terminal has not
-        if hasattr(stream, "reconfigure"):  # a notebook's has not
-            stream.reconfigure(errors="backslashreplace")
+    with contextlib.suppress(AttributeError):  # of a notebook. Names may have letters that a terminal lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         options = parse(argv)
         restore(options) if argv[0] == "restore" else export(**vars(options))
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # or Python would try to write the rest to it
-        print("export: standard output was closed", file=sys.stderr)
-        return 2
     except (OSError, ImportError) as error:
+        if isinstance(error, BrokenPipeError):
+            sys.stdout = open(os.devnull, "w")  # or Python tries once more to write what is left
         print(f"export: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

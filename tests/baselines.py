@@ -32,6 +32,7 @@ def conjugate_gradients(operator, b: Tensor, iterations: int) -> Tensor:
         p = r + rr / before * p
         Ap = operator(p)
         alpha = rr / dot(p, Ap)
+        alpha = alpha * (alpha < 1e20)  # no step where a network's Jacobian is not positive
         v, r = v + alpha * p, r - alpha * Ap
     return v
 

@@ -75,7 +75,7 @@ def evaluate(options: argparse.Namespace) -> None:
     folder, number = Path(options.run), options.num_samples
     diffem.require(number >= 2, "--num-samples takes 2 or more")
     checkpoint, device = diffem.load_checkpoint(folder), "cuda" if torch.cuda.is_available() else "cpu"
-    settings, model = checkpoint.settings, diffem.model_of(checkpoint, best=options.best, device=device)
+    settings, model = checkpoint.settings, checkpoint.model(best=options.best, device=device)
     data = diffem.observe(settings)
     y, truth, reference = (
         torch.cat([data.held_out, diffem.observed(data.y[:number], "cpu")])[:number],
