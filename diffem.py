@@ -1747,7 +1747,7 @@ def train(settings: Settings, data: Data, folder: Path, checkpoint: Checkpoint |
                 bar.write(line)
             if stopping:
                 bar.write(f"stopped; to continue: python {sys.argv[0]} --resume {folder}")
-                return 130
+                return 128 + (stop or [signal.SIGINT])[0]
     if rank == 0:
         first, last, best = state.history[0], state.history[-1], best_row(state.history)
         if last["energy"] > 1.05 * best["energy"]:
@@ -1831,10 +1831,17 @@ def process_group():
         raise DiffEMError(message) from error
 
 
+def interrupt(number, frame):
+    """SIGTERM ends a program as Ctrl-C does."""
+    raise KeyboardInterrupt(number)
+
+
 def main(argv: list[str] | None = None, **corruptions: type[Corruption]) -> int:
     """The command line, with your own corruptions by name. Returns the exit code, 2 after a DiffEMError."""
     CORRUPTIONS.update(corruptions)
     warnings.filterwarnings("ignore", module="PIL")  # of large images
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, interrupt)
     with suppress(AttributeError):  # of a notebook. Names of files may have letters that a terminal lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -1855,9 +1862,9 @@ def main(argv: list[str] | None = None, **corruptions: type[Corruption]) -> int:
         if failures is None or failures.add("failures", 1) == 1:
             print(f"diffem: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("diffem: stopped", file=sys.stderr)
-        return 130
+        return 128 + (error.args or [signal.SIGINT])[0]
     except (RuntimeError, MemoryError) as error:
         if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
             raise

@@ -29,6 +29,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -718,10 +719,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def interrupt(number, frame):
+    """SIGTERM ends a program as Ctrl-C does."""
+    raise KeyboardInterrupt(number)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code, 2 after an error that the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
     warnings.filterwarnings("ignore", module="PIL")  # of large images
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, interrupt)
     with contextlib.suppress(AttributeError):  # of a notebook. Names may have letters that a terminal lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -732,9 +740,9 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout = open(os.devnull, "w")  # or Python tries once more to write what is left
         print(f"export: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("export: stopped", file=sys.stderr)
-        return 130
+        return 128 + (error.args or [signal.SIGINT])[0]
     return 0
 
 
