@@ -127,7 +127,7 @@ class Config:
     p_unconditional: float = setting(0.1, "probability that training replaces y by 0", 0, 1)
     flip: bool = setting(False, "mirror training images at random")
     jitter: bool = setting(False, "change hue and saturation of training images slightly")
-    crop: int = setting(0, "train on random squares of so many pixels a side; 0: whole images")
+    crop: int = setting(0, "train on random squares of so many pixels, of images of any size; 0: whole")
     rescale: bool = setting(False, "train on smaller copies too, down to half the size")
     method: str = setting("sde2m", "sampler", choices=METHODS)
     first_method: str = setting("ddpm", "sampler of E-steps in the first half of the laps", choices=METHODS)

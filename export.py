@@ -396,7 +396,7 @@ def jpeg_tables(files: list[Path]) -> dict:
 def sampler(method: str, steps: int, sigma_min: float, sigma_max: float) -> np.ndarray:
     """(steps, 5): sigma_t, a, b, c, d of each step, as `diffem.sampler`."""
     require(method in METHODS, f"unknown method {method}: {', '.join(METHODS)}")
-    require(steps >= 1, f"steps must be at least 1, not {steps}")
+    require(1 <= steps <= 1e5, f"steps must be from 1 to 100000, not {steps}")
     levels = np.append(np.geomspace(sigma_max, sigma_min, steps), 0)
     sigma_t, sigma_s = levels[:-1], levels[1:]
     a, c, d = sigma_s / sigma_t, np.zeros(steps), np.zeros(steps)
@@ -605,6 +605,7 @@ def targets(inputs: list[str], out: Path) -> dict[Path, tuple[Path, Path]]:
     found = {}
     for given in map(Path, inputs):
         require(given.exists(), f"no file or folder {given}")
+        require(given.resolve() != out.resolve(), f"{given} is the input: choose another folder for --out")
         files, folder = (find_images(given, True, out), given) if given.is_dir() else ([given], given.parent)
         require(len(files) > 0, f"no images in {given}")
         for file in files:
@@ -658,7 +659,8 @@ def restore(options: argparse.Namespace) -> None:
     meta, bad, done, full_views = restorer.metadata, [], 0, 0
     steps, method = options.steps or meta["steps"], options.method or meta["method"]
     sampler(method, steps, 1, 2)  # raises if there is no such method or number
-    require(samples >= 1 and options.seed >= 0, "--samples must be at least 1 and --seed 0")
+    ok = 1 <= samples <= 1000 and options.seed >= 0
+    require(ok, "--samples must be from 1 to 1000, --seed at least 0")
     files = targets(options.inputs, out)
     out.mkdir(parents=True, exist_ok=True)
     if options.device == "auto" and restorer.no_cuda:
@@ -739,6 +741,9 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):
             sys.stdout = open(os.devnull, "w")  # or Python tries once more to write what is left
         print(f"export: {error}", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        print(f"export: out of memory: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print("export: stopped", file=sys.stderr)
