@@ -1262,9 +1262,8 @@ def torchvision_images(settings: Settings) -> tuple[Tensor, Tensor]:
         cifar10=("CIFAR10", "cifar-10-python.tar.gz"),
         celeba=("CelebA", "celeba/img_align_celeba.zip and, beside it, list_*.txt and identity_CelebA.txt"),
     )[name]
-    flags = [
-        dict(split=part) if name == "celeba" else dict(train=part == "train") for part in ("train", "test")
-    ]
+    flags = [dict(split="train"), dict(split="test")]
+    flags = flags if name == "celeba" else [dict(train=True), dict(train=False)]
     if rank > 0:
         dist.barrier()  # the first process downloads
     try:
@@ -1299,6 +1298,14 @@ def memory() -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else math.inf
 
 
+def room_for(number: int, image: Tensor) -> Tensor:
+    """Memory for so many images like one. Raises DiffEMError if they need more than the machine has."""
+    (H, W), need = image.shape[1:], 12 * number * image.numel()  # observations, reconstructions and work
+    advice = "take fewer (--limit), squares of them (--crop) or, if clean, smaller ones (--image-size)"
+    require(need < memory(), f"{number} images of {W}x{H} pixels need {need / 1e9:.3g} GB: {advice}")
+    return torch.empty(number, *image.shape, dtype=image.dtype)
+
+
 def squares(files: list[Path], settings: Settings) -> tuple[int, int, int]:
     """For --crop, which takes images of any size: the side of the squares to cut, twice --crop if all images
     allow it; the number to cut from each image, and from all."""
@@ -1310,9 +1317,7 @@ def squares(files: list[Path], settings: Settings) -> tuple[int, int, int]:
             sizes[path] = (settings.image_size,) * 2 if settings.image_size else image_size(path)
     smallest = min(sizes, key=lambda path: min(sizes[path]), default=None)
     side = min(2 * settings.crop, *sizes.get(smallest, (0,)))
-    require(
-        side >= settings.crop, f"{smallest} has a side of {side} pixels, less than --crop {settings.crop}"
-    )
+    require(side >= settings.crop, f"{smallest} has a side of {side} pixels: take a smaller --crop")
     side -= side % 16 if side > 16 else 0  # the blocks of JPEG stay in place
     each = math.ceil((settings.limit + settings.held_out) / len(files)) if settings.limit else 10**9
     return side, each, sum(min(each, (H // side) * (W // side)) for H, W in sizes.values())
@@ -1346,7 +1351,7 @@ def read_images(files: list[Path], settings: Settings) -> Tensor:
     bits. Prints what was understood."""
     from export import summary
 
-    own, pictures, done = bool(settings.observations), [], 0
+    own, pictures, done, images = bool(settings.observations), [], 0, None
     side, each, number = squares(files, settings) if settings.crop else (0, 1, len(files))
     generator = generator_for("cpu", settings.seed, 0, 5)
     for path in tqdm(files, desc="reading images", leave=False, disable=None):
@@ -1357,18 +1362,9 @@ def read_images(files: list[Path], settings: Settings) -> Tensor:
             continue
         y = torch.from_numpy(picture.y if own else picture.y[:-1])
         parts = cut(y, side, each, generator) if side else y[None]
-        if not pictures:
-            need = 12 * number * parts[0].numel() / 1e9  # for observations, reconstructions and work
-            what = f"{number} squares of {side} pixels" if side else f"{number} images like {path}"
-            advice = (
-                "take fewer (--limit), squares of them (--crop) or, if clean, smaller ones (--image-size)"
-            )
-            require(need < memory() / 1e9, f"{what} need {need:.3g} GB: {advice}")
-            images = torch.empty(number, *parts.shape[1:], dtype=parts.dtype)
+        images = images if pictures else room_for(number, parts[0])
         (H, W), (H0, W0) = parts.shape[2:], images.shape[2:]
-        message = (
-            f"images of mixed sizes: {path} has {W}x{H} pixels, others {W0}x{H0}; --crop N takes squares"
-        )
+        message = f"{path} has {W}x{H} pixels, others {W0}x{H0}: --crop N takes squares of any images"
         require((H, W) == (H0, W0), message + ", --image-size N resizes them" * (not own))
         if images.dtype != parts.dtype:
             images, parts = (observed(v, v.device) if own else values(v) for v in (images, parts))

@@ -406,7 +406,7 @@ def test_bad_folders(photos, tmp_path, monkeypatch, capsys):
     (folder / "broken.png").unlink()
     Image.new("RGB", (20, 9)).save(folder / "wide.png")
     err = fails([*flags, "--limit", 0], tmp_path, monkeypatch, capsys)
-    assert "mixed sizes" in err and "20x9" in err and "--image-size" in err
+    assert "pixels, others " in err and "20x9" in err and "--image-size" in err
     assert diffem.main([*map(str, flags), "--image-size", "8", "--grey", "--name", "cropped"]) == 0
     capsys.readouterr()
 

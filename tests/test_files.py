@@ -537,7 +537,7 @@ def test_more_images_than_fit_into_memory_are_refused_after_the_first(tmp_path, 
     monkeypatch.setattr(diffem, "memory", lambda: 20_000)
     assert diffem.main(["--observations", "in", *TINY]) == 2
     error = capsys.readouterr().err
-    assert "12 images like" in error and "--limit" in error and error.count("\n") == 1
+    assert "12 images of 8x6 pixels need" in error and "--limit" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 5])
@@ -588,9 +588,9 @@ def test_squares_of_images_of_mixed_sizes(tmp_path, monkeypatch, capsys):
         seen |= {((photo * known[..., None])[cell].tobytes(), known[cell].tobytes()) for cell in cells}
     flags = ["--observations", "in", "--masks", "masks", *TINY]
     assert diffem.main(flags) == 2
-    assert "mixed sizes" in (error := capsys.readouterr().err) and "--crop" in error
+    assert "pixels, others " in (error := capsys.readouterr().err) and "--crop" in error
     assert diffem.main([*flags, "--crop", "50"]) == 2
-    assert "has a side of 33 pixels, less than --crop 50" in capsys.readouterr().err
+    assert "has a side of 33 pixels: take a smaller --crop" in capsys.readouterr().err
     settings = diffem.Settings(dataset="observations", observations="in", masks="masks", crop=20, held_out=3)
     y = diffem.observe(settings).y
     assert y.dtype == torch.uint8 and y.shape == (
