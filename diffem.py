@@ -1266,7 +1266,10 @@ def torchvision_images(settings: Settings) -> tuple[Tensor, Tensor]:
     flags = flags if name == "celeba" else [dict(train=True), dict(train=False)]
     if rank > 0:
         dist.barrier()  # the first process downloads
+    archive = root / "celeba/img_align_celeba.zip"
     try:
+        if name == "celeba" and archive.exists() and not archive.with_suffix("").exists():
+            datasets.utils.extract_archive(str(archive))  # torchvision unpacks only what it has downloaded
         parts = [getattr(datasets, source)(root, download=True, **flag) for flag in flags]
     except Exception as error:  # torchvision and gdown raise many classes
         reason = " ".join(str(error).split()) or type(error).__name__

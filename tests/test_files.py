@@ -1,7 +1,9 @@
 """Users' files: what each is, and what it must be read as, or the one line that refuses it. Small files of many kinds."""
 
+import io
 import struct
 import threading
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -629,3 +631,42 @@ def test_images_of_8_bits_are_bytes_in_memory(tmp_path):
         mixed = diffem.read_images(diffem.image_files(settings), settings)
         assert mixed.dtype == torch.float32 and torch.equal(mixed[:12, :3], exact[:, :3])
         (tmp_path / "in/deep.png").unlink()
+
+
+def test_celeba_from_its_archive_and_lists(tmp_path, monkeypatch, capsys):
+    """A synthetic data set in the layout of CelebA's files, from the archive to a picture at 64x64."""
+    root, generator = tmp_path / "data/celeba", np.random.default_rng(0)
+    root.mkdir(parents=True)
+    names = [f"{i:06d}.jpg" for i in range(1, 31)]
+    with zipfile.ZipFile(root / "img_align_celeba.zip", "w") as archive:
+        for name in names:
+            image = Image.fromarray(generator.integers(0, 255, (7, 6, 3)).astype(np.uint8)).resize((178, 218))
+            image.paste((255, 0, 0), (0, 0, 178, 39))  # outside of the 140 pixels that are taken
+            image.save(file := io.BytesIO(), "JPEG")
+            archive.writestr(f"img_align_celeba/{name}", file.getvalue())
+    columns = dict(list_eval_partition="", identity_CelebA="", list_attr_celeba="30\nSmiling Young\n")
+    columns |= dict(list_bbox_celeba="30\nimage_id x_1 y_1 width height\n",
+                    list_landmarks_align_celeba="30\n" + " ".join("abcdefghij") + "\n")  # fmt: skip
+    width = dict(list_eval_partition=1, identity_CelebA=1, list_attr_celeba=2, list_bbox_celeba=4)
+    for file, head in columns.items():
+        rows = (
+            f"{name} " + " ".join(["2" if i > 22 else "0"] * width.get(file, 10))
+            for i, name in enumerate(names)
+        )
+        (root / f"{file}.txt").write_text(head + "\n".join(rows) + "\n")
+    for module in ("celeba", "utils"):  # the checksums are those of the real files
+        monkeypatch.setattr(
+            f"torchvision.datasets.{module}.check_integrity", lambda path, md5=None: Path(path).is_file()
+        )
+    monkeypatch.chdir(tmp_path)
+    flags = [*TINY[:-2], "--dataset", "celeba", "--preset", "small", "--name", "faces"]
+    assert diffem.main(flags) == 0
+    assert (
+        "23 images read" in (out := capsys.readouterr().out)
+        and "64x64 pixels" in out
+        and "4 images read" in out
+    )
+    settings = diffem.load_checkpoint("runs/faces").settings
+    red = diffem.values(diffem.load_images(settings)[0])
+    assert (red[:, 0] > 1.9).float().mean() < 0.05
+    assert export.main(["runs/faces"]) == 0
