@@ -1830,6 +1830,16 @@ def process_group():
         raise DiffEMError(message) from error
 
 
+def complain(reason) -> None:
+    """Prints a line to standard error. Of several processes, the first that fails says why."""
+    first = True
+    if dist.is_initialized():
+        with suppress(RuntimeError):  # the store goes with torchrun
+            first = dist.distributed_c10d._get_default_store().add("failures", 1) == 1
+    if first:
+        print(f"diffem: {reason}", file=sys.stderr)
+
+
 def interrupt(number, frame):
     """SIGTERM ends a program as Ctrl-C does."""
     raise KeyboardInterrupt(number)
@@ -1856,18 +1866,15 @@ def main(argv: list[str] | None = None, **corruptions: type[Corruption]) -> int:
     except (DiffEMError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             sys.stdout = open(os.devnull, "w")  # or Python tries once more to write what is left
-        # Of several processes, the first to fail says why
-        failures = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
-        if failures is None or failures.add("failures", 1) == 1:
-            print(f"diffem: {error}", file=sys.stderr)
+        complain(error)
         return 2
     except KeyboardInterrupt as error:
-        print("diffem: stopped", file=sys.stderr)
+        complain("stopped")
         return 128 + (error.args or [signal.SIGINT])[0]
     except (RuntimeError, MemoryError) as error:
         if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
             raise
-        print(f"diffem: out of memory: a smaller --batch, or fewer images ({error!r:.90})", file=sys.stderr)
+        complain(f"out of memory: a smaller --batch, or fewer images ({error!r:.90})")
         return 2
 
 

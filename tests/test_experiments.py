@@ -81,6 +81,14 @@ def test_peers(classes, experiment):
     assert all(row["psnr_mean"] > 0 and row["frechet_new"] > 0 for row in rows)
 
 
+def test_classical(classes, experiment):
+    pytest.importorskip("skimage")  # which nothing else here needs
+    names = ["mask 0.5", "blur 1.0", "noise 0.5", "downsample 2", "jpeg 10"]
+    (rows,) = experiment("classical", SMALL, *classes, "--corruptions", *names)
+    assert [sum(row["corruption"] == name for row in rows) for name in names] == [2, 7, 4, 2, 4]
+    assert all(row["psnr"] > 5 and row["ssim"] <= 1 and row["frechet"] > 0 for row in rows)
+
+
 def test_samplers(experiment):
     (rows,) = experiment(
         "samplers", DIGITS, "--evaluations", 2, 3, "--seeds", 2, "--methods", "ddpm", "dpm2m"
