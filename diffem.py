@@ -1478,23 +1478,11 @@ def save_picture(path: Path, data: Data, x: Tensor, new: Tensor) -> None:
 # ---- Checkpoints ------------------------------------------------------------------------------------------
 
 
-def replace_file(path: Path, write) -> None:
-    """Writes a file by write(file), then puts it in its place. A failure leaves the old one as it was."""
-    temporary = path.with_name(path.name + ".new")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns the one into the other
-        temporary.unlink(missing_ok=True)
-        raise DiffEMError(f"cannot write {path} ({error}); the old file, if any, is unchanged") from error
-
-
 def save_checkpoint(folder: Path, state: State, settings: Settings, data: str = "") -> None:
     """Writes checkpoint.pt: tensors and plain types only. data: sha256 of all observations. Under torchrun
     all processes must call it together, before or after an E-step."""
+    from export import replacing
+
     state.check()
     x0 = gathered(state.x0)
     if ranks()[0] == 0:
@@ -1502,7 +1490,10 @@ def save_checkpoint(folder: Path, state: State, settings: Settings, data: str = 
         drawn = len(x0) if state.drawn == len(state.x0) else state.drawn
         parts |= dict(x0=x0, drawn=drawn, start=None)
         content = dict(settings=asdict(settings), data=data, state=parts)
-        replace_file(folder / "checkpoint.pt", lambda file: torch.save(content, file))
+        with replacing(folder / "checkpoint.pt") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def gathered(x0: Tensor) -> Tensor:
@@ -1761,6 +1752,8 @@ def train(settings: Settings, data: Data, folder: Path, checkpoint: Checkpoint |
 @torch.no_grad()
 def report(settings: Settings, data: Data, folder: Path, state: State) -> str:
     """Measures a complete lap, for state.history, metrics.jsonl and a picture. Returns a line to print."""
+    from export import replacing
+
     y = data.held_out
     x, new = draw_samples(state, y, settings)
     row = dict(lap=state.lap) | (dict(loss=float(state.losses.mean())) if state.lap else {})
@@ -1769,8 +1762,8 @@ def report(settings: Settings, data: Data, folder: Path, state: State) -> str:
     if best_row(state.history)["lap"] == state.lap:
         state.best_weights = {name: value.clone() for name, value in state.average.state_dict().items()}
     for name, rows in {"config.json": [asdict(settings)], "metrics.jsonl": state.history}.items():
-        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        replace_file(folder / name, lambda file: file.write(text))
+        with replacing(folder / name) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
     save_picture(folder / f"lap_{state.lap:02d}.png", data, x, new)
     line = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "lap")
     return f"lap {state.lap}/{settings.laps}  {line}"

@@ -58,6 +58,21 @@ def require(condition: bool, message: str) -> None:
         raise ExportError(message)
 
 
+@contextlib.contextmanager
+def replacing(path: Path):
+    """A new file, put in the place of another when it is complete. A failure leaves the old one as it was."""
+    new = path.with_name(path.name + ".new")
+    try:
+        with open(new, "wb") as file:
+            yield file
+        new.replace(path)
+    except (OSError, RuntimeError) as error:  # torch.save turns the one into the other
+        message = f"cannot write {path} ({error}); the old file, if any, is unchanged"
+        raise ExportError(message) from error
+    finally:
+        new.unlink(missing_ok=True)
+
+
 # ---- Export -----------------------------------------------------------------------------------------------
 
 
@@ -559,20 +574,6 @@ def tiles(n: int, grid: int = 16) -> list[tuple[slice, np.ndarray]]:
         near = np.minimum(near + 1e9 * (i == 0), near[::-1] + 1e9 * (i == number - 1))
         parts.append((slice(start, stop), np.clip(near / OVERLAP * 2 - 0.5, 1e-6, 1).astype(np.float32)))
     return parts
-
-
-@contextlib.contextmanager
-def replacing(path: Path):
-    """A new file, put in the place of another when it is complete. A failure leaves the old one as it was."""
-    new = path.with_name(path.name + ".new")
-    try:
-        with open(new, "wb") as file:
-            yield file
-        new.replace(path)
-    except OSError as error:
-        raise ExportError(f"cannot write {path}: {error}") from error
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def write_images(target: Path, x: np.ndarray, like: Picture) -> None:
