@@ -1223,8 +1223,9 @@ def new_corruption(settings: Settings, shape: list[int]) -> Corruption:
         require(y.shape == expected, f"it gives {tuple(y.shape)} in place of {expected}, the mask last")
         check_observations(y)
     except (Exception, SystemExit) as error:
+        file = getattr(sys.modules[kind.__module__], "__file__", "this session")
         reason = f"{type(error).__name__}: {error}"
-        raise DiffEMError(f"{inspect.getfile(kind)}, {kind.__name__}: {reason}") from error
+        raise DiffEMError(f"{file}, {kind.__name__}: {reason}") from error
     return corruption
 
 
