@@ -330,6 +330,7 @@ def test_signals_before_there_is_anything_to_save(program, number, code, run, tm
             os.write(writer, b"x")
             time.sleep(60)
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
         os.chdir(tmp_path)
         sys.stderr = open(tmp_path.parent / f"{tmp_path.name}.err", "w")
         setattr(sys.modules[place[0]], place[1], wait)
