@@ -1856,7 +1856,9 @@ def main(argv: list[str] | None = None, **corruptions: type[Corruption]) -> int:
             if settings.dataset in ("cifar10", "celeba") and settings.preset == "small":
                 print("small preset, for a CPU: --preset published is the paper's, and takes days on a GPU")
             with claimed(settings) as folder:
-                return train(settings, prepare(settings, folder), folder, checkpoint)
+                code = train(settings, prepare(settings, folder), folder, checkpoint)
+            sys.stdout.flush()  # here, where a closed pipe is noticed
+            return code
     except (DiffEMError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             sys.stdout = open(os.devnull, "w")  # or Python tries once more to write what is left

@@ -738,6 +738,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = parse(argv)
         restore(options) if argv[0] == "restore" else export(**vars(options))
+        sys.stdout.flush()  # here, where a closed pipe is noticed
     except (OSError, ImportError) as error:
         if isinstance(error, BrokenPipeError):
             sys.stdout = open(os.devnull, "w")  # or Python tries once more to write what is left

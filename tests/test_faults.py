@@ -289,12 +289,25 @@ def test_closed_pipes_and_plain_terminals(program, run, tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     arguments = [*TINY, "--name", "two"] if program == "diffem.py" else ["runs/one"]
-    done = call(*arguments, stdout=writer)
+    done = call(*arguments, stdout=writer, env=os.environ | dict(PYTHONUNBUFFERED=""))
     os.close(writer)
     assert done.returncode == 2 and done.stderr == f"{program[:-3]}: [Errno 32] Broken pipe\n"
     plain = os.environ | dict(PYTHONIOENCODING="ascii")
     done = call("--observations" if program == "diffem.py" else "runs/é", "runs/é", env=plain)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "\\xe9" in done.stderr
+    copy(run, tmp_path / "runs/é")
+    arguments = ["--resume", "runs/é"] if program == "diffem.py" else ["runs/é"]
+    done = call(*arguments, env=plain, stdout=subprocess.PIPE)
+    assert done.returncode == 0 and "runs/\\xe9" in done.stdout
+
+
+def test_restoring_without_memory_is_one_line(monkeypatch, capsys):
+    def fail(options):
+        raise MemoryError("Unable to allocate 3 GiB")
+
+    monkeypatch.setattr(export, "restore", fail)
+    assert export.main(["restore", "model.onnx", "x.png"]) == 2
+    assert capsys.readouterr().err == "export: out of memory: Unable to allocate 3 GiB\n"
 
 
 def test_restoring_to_a_full_disk_leaves_whole_files_only(tmp_path, monkeypatch):
@@ -331,6 +344,7 @@ def test_signals_before_there_is_anything_to_save(program, number, code, run, tm
             time.sleep(60)
 
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.chdir(tmp_path)
         sys.stderr = open(tmp_path.parent / f"{tmp_path.name}.err", "w")
         setattr(sys.modules[place[0]], place[1], wait)

@@ -580,7 +580,7 @@ def test_squares_of_images_of_mixed_sizes(tmp_path, monkeypatch, capsys):
     generator, seen = np.random.default_rng(0), set()
     for folder in ("in", "masks"):
         (tmp_path / folder).mkdir()
-    for i, (H, W) in enumerate([(40, 70), (64, 40), (48, 48), (100, 33)] * 3):
+    for i, (H, W) in enumerate([(40, 70), (64, 40), (48, 48), (100, 35)] * 3):
         photo, known = generator.integers(0, 256, (H, W, 3)).astype(np.uint8), generator.random((H, W)) < 0.6
         pillow(photo)(tmp_path / f"in/{i}.png")
         pillow(known)(tmp_path / f"masks/{i}.png")
@@ -592,7 +592,7 @@ def test_squares_of_images_of_mixed_sizes(tmp_path, monkeypatch, capsys):
     assert diffem.main(flags) == 2
     assert "pixels, others " in (error := capsys.readouterr().err) and "--crop" in error
     assert diffem.main([*flags, "--crop", "50"]) == 2
-    assert "has a side of 33 pixels: take a smaller --crop" in capsys.readouterr().err
+    assert "has a side of 35 pixels: take a smaller --crop" in capsys.readouterr().err
     settings = diffem.Settings(dataset="observations", observations="in", masks="masks", crop=20, held_out=3)
     y = diffem.observe(settings).y
     assert y.dtype == torch.uint8 and y.shape == (
@@ -600,7 +600,7 @@ def test_squares_of_images_of_mixed_sizes(tmp_path, monkeypatch, capsys):
         4,
         32,
         32,
-    )  # 2 x 20, but for 33 pixels and 16
+    )  # 2 x 20, but for 35 pixels and 16
     cut = {
         ((v[:3] * v[3:]).permute(1, 2, 0).numpy().tobytes(), v[3].numpy().astype(bool).tobytes()) for v in y
     }
