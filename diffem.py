@@ -38,7 +38,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
@@ -988,8 +987,10 @@ def em(y: Tensor, corruption: Corruption, config: Config, state: State | None = 
 def observed(y: Tensor, device: torch.device) -> Tensor:
     """Observations (N, C + 1, H, W) in floating point, on a device. Bytes in y are as in 8-bit files."""
     y = y.to(device)
+    if y.is_floating_point():
+        return y
     m = y[:, -1:].float()
-    return y if y.is_floating_point() else torch.cat([m * values(y[:, :-1]), m], 1)
+    return torch.cat([m * values(y[:, :-1]), m], 1)
 
 
 def check_observations(y: Tensor) -> None:
@@ -1347,7 +1348,7 @@ def read_picture(path: Path, settings: Settings):
     own, mask, resize = settings.observations, None, square if settings.image_size else None
     if settings.masks:
         mask = read_mask(find_mask(path, own, settings.masks), settings.invert_masks)
-    return read_image(path, 1 if settings.grey else 3, mask, bool(own), resize, bytes=True)
+    return read_image(path, 1 if settings.grey else 3, mask, bool(own), resize, raw=True)
 
 
 def read_images(files: list[Path], settings: Settings) -> Tensor:
@@ -1646,12 +1647,12 @@ def parse(argv: list[str], checkpoint: Checkpoint | None) -> Settings:
 @contextmanager
 def claimed(settings: Settings):
     """The folder of the run. No other process can claim it meanwhile. It goes again if nothing is saved."""
+    if ranks()[0] > 0:  # the first process saves
+        yield Path(settings.resume or Path("runs", settings.name))
+        return
     numbered = (f"{settings.dataset}-{settings.corruption}-{i}" for i in itertools.count(1))
     paths = (Path("runs", name) for name in ([settings.name] if settings.name else numbered))
     for folder in [Path(settings.resume)] if settings.resume else paths:
-        if ranks()[0] > 0:  # the first process saves
-            yield folder
-            return
         folder.mkdir(parents=True, exist_ok=True)
         exists = not settings.resume and (folder / "checkpoint.pt").exists()
         lock = 0 if exists else locked(folder)
@@ -1834,19 +1835,12 @@ def complain(reason) -> None:
         print(f"diffem: {reason}", file=sys.stderr)
 
 
-def interrupt(number, frame):
-    """SIGTERM ends a program as Ctrl-C does."""
-    raise KeyboardInterrupt(number)
-
-
 def main(argv: list[str] | None = None, **corruptions: type[Corruption]) -> int:
     """The command line, with your own corruptions by name. Returns the exit code, 2 after a DiffEMError."""
+    from export import begin_program
+
+    begin_program()
     CORRUPTIONS.update(corruptions)
-    warnings.filterwarnings("ignore", module="PIL")  # of large images
-    with suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, interrupt)
-    with suppress(AttributeError):  # of a notebook. Names of files may have letters that a terminal lacks
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with process_group():
             argv = sys.argv[1:] if argv is None else argv

@@ -274,10 +274,10 @@ def names_in(folder: Path, changed: int) -> dict[str, list[Path]]:
 
 
 def read_image(
-    path: Path, channels: int, mask=None, alpha: bool = True, resize=None, bytes: bool = False
+    path: Path, channels: int, mask=None, alpha: bool = True, resize=None, raw: bool = False
 ) -> Picture:
     """An image or .npy file. Pixels are missing where it is transparent (if `alpha`) or NaN, and where `mask`
-    (H, W) is False. resize: a function of a Pillow image. bytes: leave values of 8 bits as they are. Raises
+    (H, W) is False. resize: a function of a Pillow image. raw: leave values of 8 bits as bytes. Raises
     ExportError for what cannot be read without a doubt."""
     try:
         require(path.is_file(), "it is not a regular file")
@@ -291,7 +291,7 @@ def read_image(
             (H, W), (h, w) = picture.y.shape[1:], mask.shape
             require((H, W) == (h, w), f"its mask has {w}x{h} pixels, not {W}x{H}")
             picture.y *= mask
-        if picture.y.dtype == np.uint8 and not bytes:
+        if picture.y.dtype == np.uint8 and not raw:
             m = picture.y[-1:]
             picture.y = np.concatenate([m * (np.float32(4 / 255) * picture.y[:-1] - 2), m], dtype=np.float32)
     except Exception as error:  # Pillow and numpy raise many classes
@@ -722,19 +722,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def interrupt(number, frame):
-    """SIGTERM ends a program as Ctrl-C does."""
-    raise KeyboardInterrupt(number)
+def begin_program() -> None:
+    """For both programs: SIGTERM ends them as Ctrl-C does, names of files may have letters that the terminal
+    lacks, and Pillow does not warn of large images."""
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt(number)
+
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, interrupt)
+    with contextlib.suppress(AttributeError):  # of a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", module="PIL")
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code, 2 after an error that the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
-    warnings.filterwarnings("ignore", module="PIL")  # of large images
-    with contextlib.suppress(ValueError):  # not the main thread
-        signal.signal(signal.SIGTERM, interrupt)
-    with contextlib.suppress(AttributeError):  # of a notebook. Names may have letters that a terminal lacks
-        sys.stdout.reconfigure(errors="backslashreplace")
+    begin_program()
     try:
         options = parse(argv)
         restore(options) if argv[0] == "restore" else export(**vars(options))

@@ -137,33 +137,9 @@ def test_freeze(experiment):
 
 
 def test_unconditional(classes, experiment, tmp_path):
-    flags = [
-        "--channels",
-        "8",
-        "8",
-        "--blocks",
-        "1",
-        "--laps",
-        "1",
-        "--steps",
-        "2",
-        "--batch",
-        "8",
-        "--start-laps",
-        "1",
-    ]
-    flags += ["--sample-steps", "2", "--unconditional-steps", "2", "--held-out", "20", "--num-samples", "2"]
-    command = [
-        sys.executable,
-        ROOT / "diffem.py",
-        "--dataset",
-        "folder",
-        "--data-dir",
-        classes[1],
-        *flags,
-        "--name",
-        "one",
-    ]
+    flags = "--channels 8 8 --blocks 1 --laps 1 --steps 2 --batch 8 --start-laps 1 --sample-steps 2".split()
+    flags += "--unconditional-steps 2 --held-out 20 --num-samples 2 --name one".split()
+    command = [sys.executable, ROOT / "diffem.py", "--dataset", "folder", "--data-dir", classes[1], *flags]
     done = subprocess.run(
         [str(word) for word in command], cwd=tmp_path, capture_output=True, text=True, timeout=300
     )
