@@ -93,6 +93,14 @@ def ranks() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def any_rank(*conditions: bool) -> list[bool]:
+    """Is each true in any of the processes? All must call it together."""
+    votes = torch.tensor(conditions).int()
+    if ranks()[1] > 1:
+        dist.all_reduce(votes)
+    return [vote > 0 for vote in votes.tolist()]
+
+
 # ---- Settings of the method -------------------------------------------------------------------------------
 
 
@@ -962,15 +970,15 @@ def em(y: Tensor, corruption: Corruption, config: Config, state: State | None = 
     """Runs DiffEM on observations y (N, ...), from a new state or a given one. It never sees a clean image.
 
     Yields the state after lap 0, after each optimiser step and after each batch of the E-step: there a run
-    can stop, be saved and resume. A lap is complete where state.drawn == N. Under torchrun each process runs
-    it on its own observations; only gradients are exchanged.
+    can stop, be saved and resume. A lap is complete where state.drawn == N. Under torchrun all processes have
+    the same y and state, and share the work of each batch.
     """
     device, (rank, size) = torch.device(device or y.device), ranks()
     for part in y.split(4096) if y.ndim == 4 else ():
         check_observations(observed(part, part.device))
     require(config.batch % size == 0, f"--batch {config.batch} must be a multiple of the {size} processes")
     if state is None:
-        state = first_state(y, corruption.to(device), config, generator_for(device, config.seed, 0, 1, rank))
+        state = first_state(y, corruption.to(device), config, generator_for(device, config.seed, 0, 1, 0))
         yield state
     while state.lap < config.laps or state.drawn < len(y):
         if state.drawn == len(y):
@@ -1100,16 +1108,21 @@ def augment(x0: Tensor, config: Config, generator: torch.Generator, multiple: in
 
 def e_step(state: State, y: Tensor, config: Config, generator: torch.Generator) -> None:
     """Draws the next batch of reconstructions. If it does not fit into memory, batches are halved."""
-    batch = observed(y[state.drawn : state.drawn + state.sample_batch], generator.device)
+    (rank, size), now = ranks(), slice(state.drawn, state.drawn + ranks()[1] * state.sample_batch)
+    batch, x0 = observed(y[now][rank::size], generator.device), None
     try:
         x0 = state.model.sample(batch, *config.e_step_sampler(state.lap), generator)
     except RuntimeError as error:  # PyTorch has a class of its own for a GPU's memory only
-        if len(batch) == 1 or "memory" not in str(error):
+        if state.sample_batch == 1 or "memory" not in str(error):
             raise
-        state.sample_batch = len(batch) // 2
+    if any_rank(x0 is None)[0]:
+        state.sample_batch = min(state.sample_batch, len(y[now])) // 2
         return
-    state.x0[state.drawn : state.drawn + len(batch)] = x0
-    state.drawn += len(batch)
+    state.x0[now] = 0
+    state.x0[now][rank::size] = x0
+    if size > 1:
+        dist.all_reduce(state.x0[now])
+    state.drawn += len(y[now])
 
 
 # ---- Settings of a run, presets of the data sets -----------------------------------------------------------
@@ -1436,8 +1449,10 @@ def scores(state: State, y: Tensor, config: Config) -> dict:
                   the proximal FID of Denoising Score Distillation, arXiv 2503.07578)
     """
     generator, draws, steps = generator_for(y.device, config.seed, 0, 6), 19, 8  # the same noise in every lap
-    corruption, size = state.denoiser.corruption, len(state.x0) * ranks()[1]
-    lap = 3 * config.steps * config.batch + size * config.sample_steps  # evaluations; a training step is 3
+    corruption = state.denoiser.corruption
+    lap = (
+        3 * config.steps * config.batch + len(state.x0) * config.sample_steps
+    )  # evaluations; a training step is 3
     n = min(len(y), max(16, int(0.1 * lap / steps - len(y)) // draws))
     seen, fraction = y[:n], torch.full((n,), 0.2, device=y.device)
     rest = mask_patches(seen, fraction, corruption.patch, generator)
@@ -1481,33 +1496,16 @@ def save_picture(path: Path, data: Data, x: Tensor, new: Tensor) -> None:
 
 
 def save_checkpoint(folder: Path, state: State, settings: Settings, data: str = "") -> None:
-    """Writes checkpoint.pt: tensors and plain types only. data: sha256 of all observations. Under torchrun
-    all processes must call it together, before or after an E-step."""
+    """Writes checkpoint.pt: tensors and plain types only. data: sha256 of all observations."""
     from export import replacing
 
     state.check()
-    x0 = gathered(state.x0)
-    if ranks()[0] == 0:
-        parts = {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in vars(state).items()}
-        drawn = len(x0) if state.drawn == len(state.x0) else state.drawn
-        parts |= dict(x0=x0, drawn=drawn, start=None)
-        content = dict(settings=asdict(settings), data=data, state=parts)
-        with replacing(folder / "checkpoint.pt") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def gathered(x0: Tensor) -> Tensor:
-    """The reconstructions of all R processes, in the order of the observations: rank r has r, r + R, .."""
-    if ranks()[1] == 1:
-        return x0
-    parts = [None] * ranks()[1]
-    dist.all_gather_object(parts, x0.cpu())
-    x0 = torch.empty(sum(map(len, parts)), *x0.shape[1:], dtype=x0.dtype)
-    for rank, part in enumerate(parts):
-        x0[rank :: len(parts)] = part
-    return x0
+    parts = {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in vars(state).items()}
+    content = dict(settings=asdict(settings), data=data, state=parts | dict(start=None))
+    with replacing(folder / "checkpoint.pt") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @dataclass
@@ -1544,17 +1542,16 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def restore_state(checkpoint: Checkpoint, corruption: Corruption, device="cpu", data_device="cpu") -> State:
-    """The state that was saved; under torchrun this process's part, however many processes there were."""
-    (rank, size), saved = ranks(), dict(checkpoint.state)
+    """The state that was saved, by however many processes."""
+    saved = checkpoint.state
     try:
         for name in ("w", "slope"):  # their shapes depend on the data
             setattr(corruption, name, saved["denoiser"][f"corruption.{name}"])
-        x0, drawn, losses = (saved.pop(name) for name in ("x0", "drawn", "losses"))
-        gaussian = Gaussian(list(x0.shape[1:]))
+        gaussian = Gaussian(list(saved["x0"].shape[1:]))
         denoiser = new_denoiser(gaussian, corruption.to(device), checkpoint.settings, device)
-        state = new_state(x0[rank::size].to(data_device), denoiser, checkpoint.settings)
-        state.drawn, state.losses[:] = len(range(rank, drawn, size)), losses
-        for name in saved.keys() | vars(state).keys() - {"x0", "drawn", "losses"}:
+        state = new_state(saved["x0"].to(data_device), denoiser, checkpoint.settings)
+        state.losses[:] = saved["losses"]
+        for name in (saved.keys() | vars(state).keys()) - {"x0", "losses"}:
             part, value = getattr(state, name), saved[name]
             part.load_state_dict(value) if hasattr(part, "load_state_dict") else setattr(state, name, value)
         for p in denoiser.parameters() if state.lap else ():  # fused Adam does not look at the shapes
@@ -1686,15 +1683,14 @@ def locked(folder: Path) -> int:
 
 
 def prepare(settings: Settings, folder: Path) -> Data:
-    """Reads or makes the observations. Keeps this process's part of them."""
-    rank, size = ranks()
+    """Reads or makes the observations."""
+    size = ranks()[1]
     cuda = torch.cuda.is_available() and settings.device != "cpu"
     require(cuda or settings.device != "cuda", "there is no CUDA device here: --device cpu")
     device, data = "cuda" if cuda else "cpu", observe(settings)
-    number, y = len(data.y), data.y[rank::size]
     data.digest = hashlib.sha256(data.y.contiguous().numpy()).hexdigest()
-    fits = not cuda or 3 * y.nbytes < torch.cuda.mem_get_info()[0]  # y and x0 in half of the GPU's memory
-    data.y, data.held_out = y.to(device if fits else "cpu"), data.held_out.to(device)
+    fits = not cuda or 3 * data.y.nbytes < torch.cuda.mem_get_info()[0]  # y and x0 in half of the memory
+    data.y, data.held_out = data.y.to(device if fits else "cpu"), data.held_out.to(device)
     data.truth = None if data.truth is None else data.truth.to(device)
     masks = data.corruption.masks
     data.corruption.masks = None if masks is None else masks.to(device)
@@ -1703,14 +1699,14 @@ def prepare(settings: Settings, folder: Path) -> Data:
     shown |= {} if masks is None else dict(rate="of the observed masks")
     given = ", ".join(f"{name} {value}" for name, value in shown.items())
     processes = f"{size} processes on " if size > 1 else ""
-    print(f"{folder}: {number} observations, {settings.corruption} ({given}), {processes}{device}")
+    print(f"{folder}: {len(data.y)} observations, {settings.corruption} ({given}), {processes}{device}")
     return data
 
 
 def train(settings: Settings, data: Data, folder: Path, checkpoint: Checkpoint | None) -> int:
     """EM with a progress bar, a report and a checkpoint after each lap, and a checkpoint every three minutes.
     Returns the exit code."""
-    (rank, size), device, state = ranks(), data.held_out.device, None
+    rank, device, state = ranks()[0], data.held_out.device, None
     if checkpoint:
         require(data.digest == checkpoint.data, f"{folder} was made from other data")
         checkpoint.settings = settings
@@ -1729,10 +1725,8 @@ def train(settings: Settings, data: Data, folder: Path, checkpoint: Checkpoint |
                 bar.set_postfix_str(f"lap {state.lap}, loss {loss:.3f}")
             complete = state.drawn == len(data.y)
             line = report(settings, data, folder, state) if complete and rank == 0 else ""
-            # Several processes can stop or save together at steps that all of them reach
-            common = size == 1 or complete or state.drawn == 0 and state.step % 20 == 0
-            stopping = common and any_rank(bool(stop))
-            if stopping or complete or common and any_rank(time.monotonic() - saved > 180):
+            stopping, late = any_rank(bool(stop), time.monotonic() - saved > 180)
+            if rank == 0 and (stopping or late or complete):
                 save_checkpoint(folder, state, settings, data.digest)
                 saved = time.monotonic()
             if line:
@@ -1792,14 +1786,6 @@ def stop_signals():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def any_rank(condition: bool) -> bool:
-    """Is it true in any of the processes? All must call it together."""
-    votes = torch.tensor(int(condition))
-    if ranks()[1] > 1:
-        dist.all_reduce(votes)
-    return bool(votes)
 
 
 @contextmanager
