@@ -52,6 +52,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+import export  # files and command lines: its numpy part
+
 # Pillow, matplotlib, torchvision and scikit-learn are imported where they are used: the method needs none of
 # them, and together they would double the time of `import diffem`.
 
@@ -287,23 +289,21 @@ class Corruption(nn.Module):
     def hides_pixels(self) -> bool:
         return self.masks is not None or type(self).mask is not Corruption.mask
 
-    def T(self, x: Tensor) -> Tensor:
-        return transform(x, self.block)
-
     def precision(self, y: Tensor) -> Tensor:
         """w: (B, C + 1, H, W) -> (B, C, H, W)."""
         return tiled(self.w, y)
 
     def product(self, y: Tensor) -> Tensor:
         """h: (B, C + 1, H, W) -> (B, C, H, W)."""
-        return tiled(self.slope, y) * self.T(y[:, :-1])
+        return tiled(self.slope, y) * transform(y[:, :-1], self.block)
 
     def learn(self, x: Tensor, generator: torch.Generator) -> None:
         """Measures w and h for each channel and coefficient of a block, on x (N, C, H, W) like clean ones."""
         (N, C, H, W), n = x.shape, max(1, self.block)
         require(min(H, W) >= n, f"images of {H}x{W} pixels are smaller than a block of {n}x{n}")
         x = x[..., : H // n * n, : W // n * n].clamp(-2, 2)
-        t, u = self.T(x), self.T(self.observe(x, torch.ones_like(x[:, :1]), generator)[:, :-1])
+        y = self.observe(x, torch.ones_like(x[:, :1]), generator)
+        t, u = transform(x, self.block), transform(y[:, :-1], self.block)
         # The best linear estimate of t from u is  E[t u] / E[u^2] u,  and its error
         #     E[t^2] - E[t u]^2 / E[u^2] = 1 / (1 / E[t^2] + w)
         moments = [v.view(N, C, H // n, n, W // n, n).mean((0, 2, 4)) for v in (t * t, t * u, u * u)]
@@ -335,7 +335,7 @@ class Linear(Corruption):
         return (self.inverse_variance(y) * self.transfer(y) ** 2).expand_as(y[:, :-1])
 
     def product(self, y: Tensor) -> Tensor:
-        return self.inverse_variance(y) * self.transfer(y) * self.T(y[:, :-1])
+        return self.inverse_variance(y) * self.transfer(y) * transform(y[:, :-1], self.block)
 
     def learn(self, x: Tensor, generator: torch.Generator) -> None:
         pass
@@ -394,7 +394,7 @@ class Blur(Linear):
         super().__init__(width=width, noise=noise)
 
     def A(self, x: Tensor) -> Tensor:
-        return inverse(self.transfer(x) * self.T(x), 0)
+        return inverse(self.transfer(x) * transform(x, 0), 0)
 
     def transfer(self, y: Tensor) -> Tensor:
         # k_i = sum_r kernel_r cos(pi i r / n),  the kernel cut off as in scipy.ndimage
@@ -841,7 +841,7 @@ class Denoiser(nn.Module):
     def posterior(self, xt: Tensor, sigma: Tensor, y: Tensor) -> Pair:
         """G and v, both (B, C, H, W). sigma: (B, 1, 1, 1)."""
         block, w = self.likelihood.block, self.likelihood.precision(y) + sigma**-2
-        h = self.likelihood.product(y) + self.likelihood.T(xt) / sigma**2
+        h = self.likelihood.product(y) + transform(xt, block) / sigma**2
         mean, c = self.gaussian.posterior(y, (w, h), self.gaussian.mean, block, 1 if block == 0 else 4)
         if block != 1:  # v = diag T^T c T
             rows, columns = [dct(block, n, c.device).square() for n in c.shape[-2:]]
@@ -1301,38 +1301,30 @@ def torchvision_images(settings: Settings) -> tuple[Tensor, Tensor]:
 
 
 def image_files(settings: Settings) -> list[Path]:
-    from export import find_images
-
     own, folder = bool(settings.observations), Path(settings.observations or settings.data_dir)
     require(folder.is_dir(), f"no folder {folder} ({'--observations' if own else '--data-dir'})")
-    files = find_images(folder, arrays=own)
+    files = export.find_images(folder, arrays=own)
     require(len(files) > 0, f"no images in {folder}")
     return files
-
-
-def memory() -> float:
-    """Of the machine, in bytes; infinite if the system does not tell."""
-    known = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else math.inf
 
 
 def room_for(number: int, image: Tensor) -> Tensor:
     """Memory for so many images like one. Raises DiffEMError if they need more than the machine has."""
     (H, W), need = image.shape[1:], 12 * number * image.numel()  # observations, reconstructions and work
+    known = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names  # not on Windows
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else math.inf
     advice = "take fewer (--limit), squares of them (--crop) or, if clean, smaller ones (--image-size)"
-    require(need < memory(), f"{number} images of {W}x{H} pixels need {need / 1e9:.3g} GB: {advice}")
+    require(need < memory, f"{number} images of {W}x{H} pixels need {need / 1e9:.3g} GB: {advice}")
     return torch.empty(number, *image.shape, dtype=image.dtype)
 
 
 def squares(files: list[Path], settings: Settings) -> tuple[int, int, int]:
     """For --crop, which takes images of any size: the side of the squares to cut, twice --crop if all images
     allow it; the number to cut from each image, and from all."""
-    from export import image_size
-
     sizes = {}
     for path in files:
         with suppress(Exception):  # which reading the file will report
-            sizes[path] = (settings.image_size,) * 2 if settings.image_size else image_size(path)
+            sizes[path] = (settings.image_size,) * 2 if settings.image_size else export.image_size(path)
     smallest = min(sizes, key=lambda path: min(sizes[path]), default=None)
     side = min(2 * settings.crop, *sizes.get(smallest, (0,)))
     require(side >= settings.crop, f"{smallest} has a side of {side} pixels: take a smaller --crop")
@@ -1352,23 +1344,19 @@ def read_picture(path: Path, settings: Settings):
     from PIL import ImageOps
     from torchvision.transforms.functional import center_crop
 
-    from export import find_mask, read_image, read_mask
-
     def square(image):
         image = center_crop(image, 140) if settings.dataset == "celeba" else image
         return ImageOps.fit(image, (settings.image_size,) * 2, method=1)  # Lanczos
 
     own, mask, resize = settings.observations, None, square if settings.image_size else None
     if settings.masks:
-        mask = read_mask(find_mask(path, own, settings.masks), settings.invert_masks)
-    return read_image(path, 1 if settings.grey else 3, mask, bool(own), resize, raw=True)
+        mask = export.read_mask(export.find_mask(path, own, settings.masks), settings.invert_masks)
+    return export.read_image(path, 1 if settings.grey else 3, mask, bool(own), resize, raw=True)
 
 
 def read_images(files: list[Path], settings: Settings) -> Tensor:
     """Clean images (N, C, H, W), or observations with the mask as last channel; bytes if all files have 8
     bits. Prints what was understood."""
-    from export import summary
-
     own, pictures, done, images = bool(settings.observations), [], 0, None
     side, each, number = squares(files, settings) if settings.crop else (0, 1, len(files))
     generator = generator_for("cpu", settings.seed, 0, 5)
@@ -1394,7 +1382,7 @@ def read_images(files: list[Path], settings: Settings) -> Tensor:
     missing = 1 - float(images[:, -1].mean(dtype=torch.float32)) if own else 0.0
     require(missing < 1, f"every pixel is missing in {settings.observations}")
     cuts = f"{done} squares of " if side else ""
-    line = f"{summary(pictures)}, {left_out} left out, {cuts}{W}x{H} pixels, {missing:.1%} missing"
+    line = f"{export.summary(pictures)}, {left_out} left out, {cuts}{W}x{H} pixels, {missing:.1%} missing"
     hint = bool(settings.masks) and missing > 0.5 and not settings.invert_masks
     print(line + "; if white pixels of the masks are the missing ones: --invert-masks" * hint)
     return images
@@ -1497,12 +1485,10 @@ def save_picture(path: Path, data: Data, x: Tensor, new: Tensor) -> None:
 
 def save_checkpoint(folder: Path, state: State, settings: Settings, data: str = "") -> None:
     """Writes checkpoint.pt: tensors and plain types only. data: sha256 of all observations."""
-    from export import replacing
-
     state.check()
     parts = {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in vars(state).items()}
     content = dict(settings=asdict(settings), data=data, state=parts | dict(start=None))
-    with replacing(folder / "checkpoint.pt") as file:
+    with export.replacing(folder / "checkpoint.pt") as file:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
@@ -1554,6 +1540,7 @@ def restore_state(checkpoint: Checkpoint, corruption: Corruption, device="cpu", 
         for name in (saved.keys() | vars(state).keys()) - {"x0", "losses"}:
             part, value = getattr(state, name), saved[name]
             part.load_state_dict(value) if hasattr(part, "load_state_dict") else setattr(state, name, value)
+        require(0 <= state.drawn <= len(state.x0), "drawn")
         for p in denoiser.parameters() if state.lap else ():  # fused Adam does not look at the shapes
             moments = state.optimizer.state[p]
             require(moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape, "optimizer")
@@ -1579,15 +1566,12 @@ def parameters_of(corruption: type[Corruption]) -> dict:
     return {p.name: p.default for p in arguments}
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise DiffEMError(message)
-
-
-def make_parser(defaults: dict, parameters: dict) -> Parser:
+def make_parser(defaults: dict, parameters: dict) -> export.Parser:
     """A flag for each setting and parameter of the corruption. Flags not given are absent from the result."""
     presets = ", ".join(" ".join(key) for key in PRESETS)
-    parser = Parser(description=__doc__.partition("\n")[0], epilog=f"presets: {presets}", allow_abbrev=False)
+    parser = export.Parser(
+        description=__doc__.partition("\n")[0], epilog=f"presets: {presets}", allow_abbrev=False
+    )
     parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110)
     flags = {f.name: (f.default, f.metadata["help"]) for f in fields(Settings) if f.metadata}
     own = f"of --corruption {defaults.get('corruption')}"
@@ -1627,9 +1611,7 @@ def parse(argv: list[str], checkpoint: Checkpoint | None) -> Settings:
     given = vars(make_parser(values, parameters).parse_args(argv))
     own = {k: given.pop(k) for k in parameters if k in given}
     if name == "jpeg" and given.get("observations") and not saved and "quality" not in own:
-        from export import jpeg_tables
-
-        own = jpeg_tables(image_files(Settings(**values | given))) | own
+        own = export.jpeg_tables(image_files(Settings(**values | given))) | own
     own = {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}
     settings = Settings(**values | given | dict(parameters=parameters | own))
     now, free = asdict(settings), ("laps", "data_dir", "observations", "masks", "resume", "device")
@@ -1748,8 +1730,6 @@ def train(settings: Settings, data: Data, folder: Path, checkpoint: Checkpoint |
 @torch.no_grad()
 def report(settings: Settings, data: Data, folder: Path, state: State) -> str:
     """Measures a complete lap, for state.history, metrics.jsonl and a picture. Returns a line to print."""
-    from export import replacing
-
     y = data.held_out
     x, new = draw_samples(state, y, settings)
     row = dict(lap=state.lap) | (dict(loss=float(state.losses.mean())) if state.lap else {})
@@ -1758,7 +1738,7 @@ def report(settings: Settings, data: Data, folder: Path, state: State) -> str:
     if best_row(state.history)["lap"] == state.lap:
         state.best_weights = {name: value.clone() for name, value in state.average.state_dict().items()}
     for name, rows in {"config.json": [asdict(settings)], "metrics.jsonl": state.history}.items():
-        with replacing(folder / name) as file:
+        with export.replacing(folder / name) as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
     save_picture(folder / f"lap_{state.lap:02d}.png", data, x, new)
     line = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "lap")
@@ -1790,7 +1770,8 @@ def stop_signals():
 
 @contextmanager
 def process_group():
-    """Joins the other processes of torchrun, if it started this one. Only the first process prints."""
+    """Joins the other processes of torchrun, if it started this one. Only the first process prints, and only
+    the first that fails says why."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield
         return
@@ -1804,54 +1785,31 @@ def process_group():
     try:
         yield
         dist.destroy_process_group()
-    except RuntimeError as error:
+    except BaseException as error:
+        with suppress(RuntimeError):  # the store goes with torchrun
+            first = dist.distributed_c10d._get_default_store().add("failures", 1) == 1
+            sys.stderr = sys.stderr if first else open(os.devnull, "w")
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         message = "another process of this run has died; the last checkpoint is complete: --resume"
         raise DiffEMError(message) from error
 
 
-def complain(reason) -> None:
-    """Prints a line to standard error. Of several processes, the first that fails says why."""
-    first = True
-    if dist.is_initialized():
-        with suppress(RuntimeError):  # the store goes with torchrun
-            first = dist.distributed_c10d._get_default_store().add("failures", 1) == 1
-    if first:
-        print(f"diffem: {reason}", file=sys.stderr)
-
-
 def main(argv: list[str] | None = None, **corruptions: type[Corruption]) -> int:
     """The command line, with your own corruptions by name. Returns the exit code, 2 after a DiffEMError."""
-    from export import begin_program
-
-    begin_program()
     CORRUPTIONS.update(corruptions)
-    try:
-        with process_group():
-            argv = sys.argv[1:] if argv is None else argv
-            resume = first_flags(argv).get("resume")
-            checkpoint = load_checkpoint(resume) if resume else None
-            settings = parse(argv, checkpoint)
-            if settings.dataset in ("cifar10", "celeba") and settings.preset == "small":
-                print("small preset, for a CPU: --preset published is the paper's, and takes days on a GPU")
-            with claimed(settings) as folder:
-                code = train(settings, prepare(settings, folder), folder, checkpoint)
-            sys.stdout.flush()  # here, where a closed pipe is noticed
-            return code
-    except (DiffEMError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            sys.stdout = open(os.devnull, "w")  # or Python tries once more to write what is left
-        complain(error)
-        return 2
-    except KeyboardInterrupt as error:
-        complain("stopped")
-        return 128 + (error.args or [signal.SIGINT])[0]
-    except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
-            raise
-        complain(f"out of memory: a smaller --batch, or fewer images ({error!r:.90})")
-        return 2
+    return export.exit_code(lambda: run(sys.argv[1:] if argv is None else argv), "diffem", DiffEMError)
+
+
+def run(argv: list[str]) -> int:
+    with process_group():
+        resume = first_flags(argv).get("resume")
+        checkpoint = load_checkpoint(resume) if resume else None
+        settings = parse(argv, checkpoint)
+        if settings.dataset in ("cifar10", "celeba") and settings.preset == "small":
+            print("small preset, for a CPU: --preset published is the paper's, and takes days on a GPU")
+        with claimed(settings) as folder:
+            return train(settings, prepare(settings, folder), folder, checkpoint)
 
 
 if __name__ == "__main__":

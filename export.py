@@ -722,9 +722,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def begin_program() -> None:
-    """For both programs: SIGTERM ends them as Ctrl-C does, names of files may have letters that the terminal
-    lacks, and Pillow does not warn of large images."""
+def exit_code(program, name: str, *errors: type[Exception]) -> int:
+    """Runs a program. Returns its exit code: 2 after one of the errors, or another that the user can mend,
+    which is printed as one line. SIGTERM is as Ctrl-C. Letters that the terminal lacks are escaped."""
 
     def interrupt(number, frame):
         raise KeyboardInterrupt(number)
@@ -733,29 +733,34 @@ def begin_program() -> None:
         signal.signal(signal.SIGTERM, interrupt)
     with contextlib.suppress(AttributeError):  # of a notebook
         sys.stdout.reconfigure(errors="backslashreplace")
-    warnings.filterwarnings("ignore", module="PIL")
+    warnings.filterwarnings("ignore", module="PIL")  # of large images
+    try:
+        code = program() or 0
+        sys.stdout.flush()  # here, where a closed pipe is noticed
+        return code
+    except KeyboardInterrupt as error:
+        reason, code = "stopped", 128 + (error.args or [signal.SIGINT])[0]
+    except (OSError, ImportError, *errors) as error:
+        reason, code = error, 2
+        if isinstance(error, BrokenPipeError):
+            sys.stdout = open(os.devnull, "w")  # or Python tries once more to write what is left
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
+            raise
+        reason, code = f"out of memory: take fewer or smaller images or batches ({error!r:.90})", 2
+    print(f"{name}: {reason}", file=sys.stderr)
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code, 2 after an error that the user can mend."""
     argv = sys.argv[1:] if argv is None else argv
-    begin_program()
-    try:
+
+    def program():
         options = parse(argv)
         restore(options) if argv[0] == "restore" else export(**vars(options))
-        sys.stdout.flush()  # here, where a closed pipe is noticed
-    except (OSError, ImportError) as error:
-        if isinstance(error, BrokenPipeError):
-            sys.stdout = open(os.devnull, "w")  # or Python tries once more to write what is left
-        print(f"export: {error}", file=sys.stderr)
-        return 2
-    except MemoryError as error:
-        print(f"export: out of memory: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as error:
-        print("export: stopped", file=sys.stderr)
-        return 128 + (error.args or [signal.SIGINT])[0]
-    return 0
+
+    return exit_code(program, "export")
 
 
 if __name__ == "__main__":

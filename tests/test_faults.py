@@ -312,7 +312,8 @@ def test_restoring_without_memory_is_one_line(monkeypatch, capsys):
 
     monkeypatch.setattr(export, "restore", fail)
     assert export.main(["restore", "model.onnx", "x.png"]) == 2
-    assert capsys.readouterr().err == "export: out of memory: Unable to allocate 3 GiB\n"
+    error = capsys.readouterr().err
+    assert error.startswith("export: out of memory") and "3 GiB" in error and error.count("\n") == 1
 
 
 def test_restoring_to_a_full_disk_leaves_whole_files_only(tmp_path, monkeypatch):

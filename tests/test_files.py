@@ -1,6 +1,7 @@
 """Users' files: what each is, and what it must be read as, or the one line that refuses it. Small files of many kinds."""
 
 import io
+import os
 import struct
 import threading
 import zipfile
@@ -536,7 +537,7 @@ def test_a_large_image_in_tiles_is_the_image_at_once(size, models, monkeypatch):
 def test_more_images_than_fit_into_memory_are_refused_after_the_first(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     folder_of(tmp_path / "in", KINDS["8 bits in colour"][0], "png")
-    monkeypatch.setattr(diffem, "memory", lambda: 20_000)
+    monkeypatch.setattr(os, "sysconf", lambda name: 141, raising=False)  # pages, and bytes in each
     assert diffem.main(["--observations", "in", *TINY]) == 2
     error = capsys.readouterr().err
     assert "12 images of 8x6 pixels need" in error and "--limit" in error and error.count("\n") == 1

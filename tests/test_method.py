@@ -220,7 +220,7 @@ def test_the_scale_of_the_networks_output_is_that_of_the_error(generator):
         t, c = gaussian.posterior(
             y, (corruption.precision(y), corruption.product(y)), gaussian.mean, corruption.block, 100
         )
-        ratio = float(((t - corruption.T(x0)).square() / c).mean())
+        ratio = float(((t - diffem.transform(x0, corruption.block)).square() / c).mean())
         assert 1 / tolerance < ratio < tolerance, (type(corruption), ratio)
 
 
