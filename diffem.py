@@ -28,6 +28,7 @@ Shapes    images x (B, C, H, W), values from -2 (black) to 2 (white), so that th
 """
 
 import argparse
+import copy
 import hashlib
 import inspect
 import io
@@ -49,7 +50,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 import export  # files and command lines: its numpy part
@@ -71,6 +71,12 @@ def generator_for(device, *key: int) -> torch.Generator:
     """A generator seeded by integers such as (seed, lap, step): a run resumes without a stored state."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)
     return torch.Generator(device).manual_seed(int(seed))
+
+
+def on_cpu(generator: torch.Generator) -> torch.Generator:
+    """It, or one of the same seed: to read a GPU's numbers is to wait for the GPU."""
+    cpu = generator.device.type == "cpu"
+    return generator if cpu else generator_for("cpu", generator.initial_seed())
 
 
 @contextmanager
@@ -131,7 +137,9 @@ class Config:
     lr: float = setting(1e-3, "learning rate of Adam; falls to 0 in the second half of the laps", 1e-12)
     clip: float = setting(1.0, "largest norm of the gradient", 1e-12)
     precision: str = setting("auto", "number format of the U-Net", choices=("auto", "float32", "bfloat16"))
-    compile: str = setting("auto", "torch.compile the U-Net; auto: on a GPU", choices=("auto", "on", "off"))
+    compile: str = setting(
+        "auto", "torch.compile the U-Net; auto: on a GPU, in long runs", choices=("auto", "on", "off")
+    )
     ema: float = setting(0.99, "decay of the weights' moving average, used in the E-step", 0, 0.999999)
     p_unconditional: float = setting(0.1, "probability that training replaces y by 0", 0, 1)
     flip: bool = setting(False, "mirror training images at random")
@@ -209,7 +217,8 @@ def opponent(channels: int, device: torch.device) -> Tensor:
     """O, orthonormal: grey, red - blue, red - 2 green + blue. The identity unless there are 3 channels."""
     if channels != 3:
         return torch.eye(channels, device=device)
-    rows = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]], device=device)
+    u = 1 - torch.arange(3.0, device=device)  # not copied from the host: a GPU would wait
+    rows = torch.stack([torch.ones_like(u), u, 3 * u * u - 2])
     return rows / rows.square().sum(1, keepdim=True).sqrt()
 
 
@@ -241,7 +250,6 @@ class Corruption(nn.Module):
     block = 1  # side of the blocks of T; 0: the whole image
     patch = 1  # side of the squares that are observed together
     multiple = 1  # of which the sides of images must be multiples
-    masks = None  # (K, 1, H, W): observed masks, used in place of `mask`
     rescale = False  # the default of --rescale: is the same detail lost in every image?
     smoothness = 0.0  # the least default of --smoothness
     limits = {}  # of the arguments by name: (low, high)
@@ -255,6 +263,7 @@ class Corruption(nn.Module):
             message += f": {value:g} of 255 grey levels are {value * 4 / 255:.2g} here" if units else ""
             require(low <= value <= high, message)
             setattr(self, name, value)
+        self.register_buffer("masks", None, persistent=False)  # (K, 1, H, W), observed: in place of `mask`
         self.register_buffer("w", torch.zeros(1, 1, 1))  # (C, n, n), by `learn`
         self.register_buffer("slope", torch.zeros(1, 1, 1))  # (C, n, n): h / T y
 
@@ -453,7 +462,11 @@ class Jpeg(Corruption):
             Image.new("RGB", (8, 8)).save(file := io.BytesIO(), "JPEG", quality=quality)
             tables = [q for table in Image.open(file).quantization.values() for q in table]
         q = torch.tensor(tables).float().view(-1, 8, 8)[[0, -1, -1]]
-        self.register_buffer("q", q, persistent=False)  # (3, 8, 8) of Y, Cb and Cr, in grey levels
+        D = torch.tensor(self.DCT).double() / 8192
+        D = torch.cat([D, D.flip(1) * torch.tensor([1, -1] * 4)[:, None]], 1)
+        colours = torch.tensor([self.YCC, self.RGB]).double() / 65536
+        for name, value in dict(q=q.double(), D=D, ycc=colours[0], rgb=colours[1]).items():
+            self.register_buffer(name, value, persistent=False)  # q: (3, 8, 8) of Y, Cb, Cr, in grey levels
 
     def A(self, x: Tensor) -> Tensor:
         require(x.shape[1] in (1, 3), f"jpeg takes images of 1 or 3 channels, not {x.shape[1]}")
@@ -461,7 +474,9 @@ class Jpeg(Corruption):
         if x.shape[1] == 1:
             return (self.quantised(pixels - 128, self.q[:1]) + 128) * (4 / 255) - 2
         (H, W), step = x.shape[-2:], [2 if self.subsampling == 2 else 1, 2 if self.subsampling else 1]
-        ycc = self.mixed(self.YCC, pixels, [32768, 32767, 32767])  # Cb and Cr about 0
+        ycc = self.ycc @ pixels.double().flatten(2)  # Cb and Cr about 0, their halves rounded down
+        ycc = torch.cat([(ycc[:, :1] + 0.5).floor(), (ycc[:, 1:] + 32767 / 65536).floor()], 1)
+        ycc = ycc.view(x.shape).float()
         luma, chroma = self.quantised(ycc[:, :1] - 128, self.q[:1]) + 128, ycc[:, 1:]
         if self.subsampling:
             chroma = F.avg_pool2d(F.pad(chroma, [0, -W % 16, 0, -H % 16], mode="replicate"), step)
@@ -470,13 +485,8 @@ class Jpeg(Corruption):
         if self.subsampling:
             chroma = F.interpolate(chroma, scale_factor=step, mode="bilinear")[..., :H, :W]
             chroma = self.rounded(chroma, *((0.5, 0.4375) if step[0] == 2 else (0.25, 0.5)))
-        rgb = self.mixed(self.RGB, torch.cat([luma, chroma], 1), [32768] * 3)
-        return rgb.clamp(0, 255) * (4 / 255) - 2
-
-    def mixed(self, matrix: list, x: Tensor, half: list) -> Tensor:
-        """Other colours of whole numbers x (B, 3, H, W), in units of 65536; `half` is added to round."""
-        matrix, half = torch.tensor(matrix, device=x.device).double(), torch.tensor(half, device=x.device)
-        return ((matrix @ x.double().flatten(2) + half[:, None]) / 65536).floor().view(x.shape).float()
+        rgb = self.rgb @ torch.cat([luma, chroma], 1).double().flatten(2) + 0.5
+        return rgb.floor().view(x.shape).float().clamp(0, 255) * (4 / 255) - 2
 
     def rounded(self, x: Tensor, even: float, odd: float) -> Tensor:
         """libjpeg adds different numbers in even and odd columns before it rounds down."""
@@ -486,10 +496,8 @@ class Jpeg(Corruption):
         """x (B, C, H, W) in grey levels about 0, its blocks' DCT rounded to multiples of q (C, 8, 8)."""
         H, W = x.shape[-2:]
         x = F.pad(x, [0, -W % 8, 0, -H % 8], mode="replicate").double()
-        q = q.repeat(1, x.shape[-2] // 8, x.shape[-1] // 8).double()
-        D = torch.tensor(self.DCT, device=x.device).double() / 8192
-        D = torch.cat([D, D.flip(1) * torch.tensor([1, -1] * 4, device=x.device)[:, None]], 1)
-        rows, columns = (torch.kron(torch.eye(n // 8, device=x.device), D) for n in x.shape[-2:])
+        q = q.repeat(1, x.shape[-2] // 8, x.shape[-1] // 8)
+        rows, columns = (torch.kron(torch.eye(n // 8, device=x.device), self.D) for n in x.shape[-2:])
         # libjpeg's whole numbers: rows in quarters, coefficients in eighths, of which halves go away from 0
         t = (rows @ (4 * x @ columns.T + 0.5).floor() / 4 + 0.5).floor()
         t = t.sign() * ((t.abs() + 4 * q) / (8 * q)).floor() * q
@@ -709,7 +717,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         scale, shift, gate = self.modulation(emb)[:, :, None, None].chunk(3, 1)  # each (B, C, 1, 1)
-        h = self.conv1((1 + scale) * self.norm(x) + shift)
+        h = (1 + scale) * self.norm(x) + shift
+        h = self.conv1(h.contiguous(memory_format=torch.channels_last))  # which a GPU's GroupNorm undoes
         h = self.conv2(self.dropout(F.silu(h)))
         return self.attention(x + (1 + gate) * h)
 
@@ -902,7 +911,7 @@ class State:
 
     x0: Tensor  # the reconstructions X, one for each observation; the E-step overwrites them
     denoiser: Denoiser
-    average: AveragedModel  # of the denoiser's weights
+    average: Denoiser  # the same with averaged weights
     optimizer: torch.optim.Optimizer
     losses: Tensor  # (steps,) of this lap
     sample_batch: int  # images to sample at once
@@ -916,7 +925,7 @@ class State:
     @property
     def model(self) -> Denoiser:
         """The denoiser to sample from."""
-        return self.average.module.eval()
+        return self.average
 
     def draw(self, y: Tensor, steps: int, method: str, generator: torch.Generator) -> Tensor:
         """x0 ~ q(x0 | y) by the model, or in lap 0 by the start."""
@@ -949,10 +958,17 @@ def new_denoiser(gaussian: Gaussian, corruption: Corruption, config: Config, dev
 def new_state(x0: Tensor, denoiser: nn.Module, config: Config) -> State:
     """The state before lap 1, of reconstructions x0 (N, ...)."""
     device = next(denoiser.parameters()).device
-    average = AveragedModel(denoiser, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
-    if config.compile == "on" or config.compile == "auto" and device.type == "cuda":
-        denoiser.network.compile()
-        average.module.network.compile()
+    average = copy.deepcopy(denoiser).eval()
+    long = config.laps * config.steps >= 20_000  # in shorter runs the compiler takes longer than it saves
+    if config.compile == "on" or config.compile == "auto" and device.type == "cuda" and long:
+        try:
+            torch.compile(lambda x: x + 1)(torch.ones(1, device=device))
+            denoiser.network.compile()
+            average.network.compile()
+        except Exception as error:  # no Triton, no C compiler, an old card
+            reason = f"the network cannot be compiled here ({' '.join(str(error).split()):.200})"
+            require(config.compile == "auto", reason + ": --compile off")
+            print(reason, file=sys.stderr)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.lr, fused=True)
     losses = torch.zeros(config.steps, device=device)
     return State(x0, denoiser, average, optimizer, losses, config.sample_batch)
@@ -1063,11 +1079,14 @@ def optimise(state: State, loss: Tensor, config: Config) -> None:
         parts = [state.losses[state.step], *(p.grad for p in state.denoiser.parameters())]
         mean = torch.cat([part.flatten() for part in parts]) / ranks()[1]
         dist.all_reduce(mean)
-        for part, values in zip(parts, mean.split([part.numel() for part in parts])):
-            part.copy_(values.view_as(part))
+        means = mean.split([part.numel() for part in parts])
+        torch._foreach_copy_(parts, [v.view_as(part) for v, part in zip(means, parts)])
     nn.utils.clip_grad_norm_(state.denoiser.parameters(), config.clip)
     state.optimizer.step()
-    state.average.update_parameters(state.denoiser)
+    # average <- ema average + (1 - ema) denoiser,  at first the denoiser
+    weight = 1 - config.ema if state.lap > 1 or state.step else 1.0
+    with torch.no_grad():
+        torch._foreach_lerp_(list(state.average.parameters()), list(state.denoiser.parameters()), weight)
     state.step += 1
 
 
@@ -1075,7 +1094,7 @@ def random_images(x0: Tensor, number: int, generator: torch.Generator) -> Tensor
     """(number, ...) of x0 (N, ...), on the generator's device, which need not be that of x0."""
     if x0.device.type == generator.device.type:
         return x0[torch.randint(len(x0), (number,), generator=generator, device=x0.device)].float()
-    i = torch.randint(len(x0), (number,), generator=generator_for("cpu", generator.initial_seed()))
+    i = torch.randint(len(x0), (number,), generator=on_cpu(generator))
     return x0[i].pin_memory().to(generator.device, non_blocking=True).float()  # while the GPU is busy
 
 
@@ -1093,7 +1112,7 @@ def augment(x0: Tensor, config: Config, generator: torch.Generator, multiple: in
         cross = (chroma.roll(1, 1) - chroma.roll(-1, 1)) / math.sqrt(3)
         x0 = grey + (0.95 + 0.1 * saturation) * (angle.cos() * chroma + angle.sin() * cross)
     if config.rescale:
-        factor = 1 - torch.rand(1, generator=generator, device=x0.device).item() / 2
+        factor = 1 - torch.rand(1, generator=on_cpu(generator), device="cpu").item() / 2
         size = [multiple * max(1, round(n * factor / multiple)) for n in x0.shape[2:]]
         x0 = F.interpolate(x0, size=size, mode="bicubic", antialias=True)
     if config.crop:
@@ -1113,7 +1132,7 @@ def e_step(state: State, y: Tensor, config: Config, generator: torch.Generator) 
     try:
         x0 = state.model.sample(batch, *config.e_step_sampler(state.lap), generator)
     except RuntimeError as error:  # PyTorch has a class of its own for a GPU's memory only
-        if state.sample_batch == 1 or "memory" not in str(error):
+        if state.sample_batch == 1 or not export.out_of_memory(error):
             raise
     if any_rank(x0 is None)[0]:
         state.sample_batch = min(state.sample_batch, len(y[now])) // 2
@@ -1399,7 +1418,7 @@ def psnr(x: Tensor, x0: Tensor) -> float:
 def frechet_distance(x: Tensor, x0: Tensor) -> float:
     """|m - m0|^2 + tr(C + C0 - 2 (C C0)^(1/2)), of the means and covariances of x and x0, both (N, d)."""
     (m, C), (m0, C0) = ((v.mean(0), torch.atleast_2d(torch.cov(v.T))) for v in (x.double(), x0.double()))
-    root = torch.linalg.eigvals(C @ C0).real.clamp_min(0).sqrt().sum()
+    root = torch.linalg.eigvals((C @ C0).cpu()).real.clamp_min(0).sqrt().sum()
     return float((m - m0).square().sum() + C.trace() + C0.trace() - 2 * root)
 
 
@@ -1669,16 +1688,20 @@ def prepare(settings: Settings, folder: Path) -> Data:
     size = ranks()[1]
     cuda = torch.cuda.is_available() and settings.device != "cpu"
     require(cuda or settings.device != "cuda", "there is no CUDA device here: --device cpu")
+    if cuda:
+        local, cards = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        require(
+            local < cards, f"{cards} GPUs for more processes: a smaller --nproc-per-node, or --device cpu"
+        )
+        torch.cuda.set_device(local)
     device, data = "cuda" if cuda else "cpu", observe(settings)
     data.digest = hashlib.sha256(data.y.contiguous().numpy()).hexdigest()
     fits = not cuda or 3 * data.y.nbytes < torch.cuda.mem_get_info()[0]  # y and x0 in half of the memory
     data.y, data.held_out = data.y.to(device if fits else "cpu"), data.held_out.to(device)
     data.truth = None if data.truth is None else data.truth.to(device)
-    masks = data.corruption.masks
-    data.corruption.masks = None if masks is None else masks.to(device)
     shown = {name: value for name, value in settings.parameters.items() if value != ()}
     shown |= dict(quality="of the files", tables="of the files") if "tables" in shown else {}
-    shown |= {} if masks is None else dict(rate="of the observed masks")
+    shown |= {} if data.corruption.masks is None else dict(rate="of the observed masks")
     given = ", ".join(f"{name} {value}" for name, value in shown.items())
     processes = f"{size} processes on " if size > 1 else ""
     print(f"{folder}: {len(data.y)} observations, {settings.corruption} ({given}), {processes}{device}")
@@ -1686,15 +1709,19 @@ def prepare(settings: Settings, folder: Path) -> Data:
 
 
 def train(settings: Settings, data: Data, folder: Path, checkpoint: Checkpoint | None) -> int:
-    """EM with a progress bar, a report and a checkpoint after each lap, and a checkpoint every three minutes.
-    Returns the exit code."""
+    """EM with a progress bar, a report and a checkpoint after each lap, and one every three minutes, or less
+    often if it takes long to write. Returns the exit code."""
     rank, device, state = ranks()[0], data.held_out.device, None
     if checkpoint:
         require(data.digest == checkpoint.data, f"{folder} was made from other data")
         checkpoint.settings = settings
         state = restore_state(checkpoint, data.corruption, device, data.y.device)
         require(settings.laps >= state.lap, f"{folder} has reached lap {state.lap} already: raise --laps")
-    shape, saved = "{percentage:3.0f} %|{bar}| {elapsed}, {remaining} left{postfix}", time.monotonic()
+    pause, shape, saved = (
+        180,
+        "{percentage:3.0f} %|{bar}| {elapsed}, {remaining} left{postfix}",
+        time.monotonic(),
+    )
     bar = tqdm(total=settings.laps, bar_format=shape, disable=rank > 0 or None)
     states = em(data.y, data.corruption, settings, state, device)
     first = [next(states)] if state is None else []  # Ctrl-C ends lap 0 at once: there is nothing to save yet
@@ -1707,10 +1734,12 @@ def train(settings: Settings, data: Data, folder: Path, checkpoint: Checkpoint |
                 bar.set_postfix_str(f"lap {state.lap}, loss {loss:.3f}")
             complete = state.drawn == len(data.y)
             line = report(settings, data, folder, state) if complete and rank == 0 else ""
-            stopping, late = any_rank(bool(stop), time.monotonic() - saved > 180)
+            stopping, late = any_rank(bool(stop), time.monotonic() - saved > pause)
             if rank == 0 and (stopping or late or complete):
+                begin = time.monotonic()
                 save_checkpoint(folder, state, settings, data.digest)
                 saved = time.monotonic()
+                pause = max(180, 10 * (saved - begin))
             if line:
                 bar.write(line)
             if stopping:
@@ -1776,8 +1805,6 @@ def process_group():
         yield
         return
     cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # The others wait while the first process measures a lap
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
     if dist.get_rank() > 0:

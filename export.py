@@ -105,11 +105,13 @@ def onnx_step(denoiser, half: bool, metadata: dict) -> bytes:
     C, H, W = denoiser.x_shape
     xt, previous, noise = torch.zeros(3, 2, C, H, W)  # one tensor for all three would be taken for one input
     inputs = xt, torch.ones(2), torch.zeros(2, C + 1, H, W), torch.ones(4), previous, noise
-    batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
+    # Without these, PyTorch would find out that smaller images differ, and trace the model a second time
+    least = dict(batch=0, height=metadata["multiple"] + 1, width=metadata["multiple"] + 1)
+    batch, height, width = (torch.export.Dim(name, min=n) for name, n in least.items())
     image = {0: batch, 2: height, 3: width}
     names = ["xt", "sigma", "y", "coefficients", "x0_previous", "noise"]
     shapes = (image, {0: batch}, image, {}, image, image)
-    options = dict(dynamo=True, opset_version=20, verbose=False, dynamic_shapes=shapes)
+    options = dict(dynamo=True, opset_version=18, verbose=False, dynamic_shapes=shapes)
     options |= dict(input_names=names, output_names=["xs", "x0"])
     program = torch.onnx.export(Step().eval(), inputs, **options)
     model = program.model
@@ -459,13 +461,15 @@ class Restorer:
         options.intra_op_num_threads = threads or cores
         onnxruntime.set_default_logger_severity(4)  # what matters of its warnings is said here
 
-        def session(*providers: str):
+        def session(*providers):
             return onnxruntime.InferenceSession(content, options, providers=providers, enable_fallback=0)
 
         self.no_cuda = "not asked for" if device == "cpu" else missing_cuda()
         if not self.no_cuda:
             try:
-                self.session = session("CUDAExecutionProvider", "CPUExecutionProvider")
+                # EXHAUSTIVE, the default, would search anew for the last, smaller batch
+                cuda = ("CUDAExecutionProvider", dict(cudnn_conv_algo_search="HEURISTIC"))
+                self.session = session(cuda, "CPUExecutionProvider")
                 if self.session.get_providers()[0] != "CUDAExecutionProvider":
                     self.no_cuda = "CUDA or cuDNN do not load: pip install onnxruntime-gpu[cuda,cudnn]"
             except Exception as error:  # onnxruntime has classes of its own
@@ -521,7 +525,7 @@ class Restorer:
                 parts.append(self._loop(y[done : done + batch], table, seeds[done : done + batch]))
                 done += batch
             except Exception as error:  # onnxruntime has classes of its own
-                if "alloc" not in str(error):
+                if not out_of_memory(error):
                     raise
                 require(batch > 1, f"{H}x{W} pixels are too many for the memory of this machine")
                 batch //= 2
@@ -722,6 +726,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def out_of_memory(error: Exception) -> bool:
+    """PyTorch, CUDA's libraries and onnxruntime have no class in common."""
+    return isinstance(error, MemoryError) or re.search("memory|alloc", str(error).lower()) is not None
+
+
 def exit_code(program, name: str, *errors: type[Exception]) -> int:
     """Runs a program. Returns its exit code: 2 after one of the errors, or another that the user can mend,
     which is printed as one line. SIGTERM is as Ctrl-C. Letters that the terminal lacks are escaped."""
@@ -745,7 +754,7 @@ def exit_code(program, name: str, *errors: type[Exception]) -> int:
         if isinstance(error, BrokenPipeError):
             sys.stdout = open(os.devnull, "w")  # or Python tries once more to write what is left
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
+        if not out_of_memory(error):
             raise
         reason, code = f"out of memory: take fewer or smaller images or batches ({error!r:.90})", 2
     print(f"{name}: {reason}", file=sys.stderr)

@@ -101,7 +101,7 @@ class MMPSState(State):
 
     @property
     def model(self) -> MMPS:
-        denoiser, prior = self.average.module.eval(), None
+        denoiser, prior = self.average, None
         if self.gaussian:
             prior = VectorGaussian.fit(self.x0, self.x0.shape[1] - 1)
         return MMPS(denoiser, self.observed_by, self.iterations, prior)
@@ -115,7 +115,7 @@ def em_mmps(
     state = MMPSState(**vars(start or next(diffem.em(y, corruption, config))))
     state.iterations, state.observed_by = iterations, corruption
     if y.ndim == 4:  # without y, one step of the Gaussian's conjugate gradients is exact, and has a gradient
-        for denoiser in (state.denoiser, state.average.module):
+        for denoiser in (state.denoiser, state.average):
             denoiser.likelihood = Corruption()
             denoiser.likelihood.block = 0
     yield state
@@ -173,4 +173,4 @@ def ambient(y: Tensor, rate: float, further: float, config: Config, seconds) -> 
         )
         state.lap, state.step, step = 1, 0, step + 1  # at a constant learning rate
         diffem.optimise(state, (error.square() / (1 - mask / (sigma**2 + 1))).mean(), config)
-    return AmbientDenoiser(state.average.module.eval(), 1 - (1 - rate) * (1 - further), config.seed)
+    return AmbientDenoiser(state.average, 1 - (1 - rate) * (1 - further), config.seed)

@@ -42,7 +42,7 @@ def test_em_mmps_samples_agree_with_the_observations(generator):
         error = (corruption.measure(state.x0, y) - y[..., -1]) / corruption.noise
         assert 0.5 < error.square().mean().sqrt() < 1.5
         # The denoiser has never been shown an observation
-        blank = state.average.module.eval()(state.x0, torch.ones(512), torch.zeros_like(y))
+        blank = state.average(state.x0, torch.ones(512), torch.zeros_like(y))
         assert blank.isfinite().all()
 
 

@@ -393,6 +393,14 @@ def test_bad_flags(arguments, message, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_compiling_without_a_compiler(tmp_path, monkeypatch):
+    for name, value in dict(CXX="/none", CC="/none", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache")).items():
+        monkeypatch.setenv(name, value)
+    code, _, err = script(*SMALL, "--compile", "on", cwd=tmp_path)
+    assert code == 2 and err.count("\n") == 1 and "cannot be compiled here" in err and "--compile off" in err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_bad_folders(photos, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "images"
     folder.mkdir()

@@ -87,7 +87,7 @@ def test_two_processes_train_as_one_with_the_same_batches(tmp_path, monkeypatch)
         torch.testing.assert_close(result[2], state.x0, rtol=1e-3, atol=1e-3)
 
 
-FLAGS = "--channels 8 8 --blocks 1 --batch 8 --held-out 8 --num-samples 2 --sample-steps 2 --start-laps 1 --start-rank 4 --limit 101 --name two"
+FLAGS = "--device cpu --channels 8 8 --blocks 1 --batch 8 --held-out 8 --num-samples 2 --sample-steps 2 --start-laps 1 --start-rank 4 --limit 101 --name two"
 
 
 def test_a_run_of_two_processes_prints_once_and_goes_on_in_one(tmp_path):
@@ -134,7 +134,7 @@ def test_a_dead_process_ends_the_run_and_leaves_the_checkpoint_whole(tmp_path):
         os.kill(second, signal.SIGKILL)
         _, errors = run.communicate(timeout=120)
     assert run.returncode != 0
-    assert "another process of this run has died" in errors
+    assert "another process of this run has died" in errors, errors
     assert diffem.load_checkpoint(tmp_path / "runs/two").state["lap"] >= 0
 
 

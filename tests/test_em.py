@@ -131,6 +131,33 @@ def test_a_lap_starts_from_the_averaged_weights():
     )  # nothing is reset but the optimiser
 
 
+def test_the_average_of_the_weights_is_exponential_from_the_first_step_on():
+    _, y = images()
+    config, expected = Config(**TINY, ema=0.9), None
+    for state in em(y, Mask(0.5), config):
+        if 0 < state.step and state.drawn == 0:
+            now = weights(state.denoiser)
+            expected = now if expected is None else 0.9 * expected + 0.1 * now
+            torch.testing.assert_close(weights(state.average), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_the_network_is_compiled_whole_and_in_few_variants():
+    """Training, sampling, and sampling of other numbers of images: a graph each, without a break."""
+    _, y = images(44)
+    config, graphs = Config(**TINY | dict(channels=(8, 16), attention=(1,), sample_batch=10)), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    for state in em(y, Mask(0.5), config):
+        if state.lap == 0:
+            for denoiser in (state.denoiser, state.average):
+                denoiser.network.compile(backend=backend, fullgraph=True)
+    assert 2 <= len(graphs) <= 3, len(graphs)
+
+
 @pytest.mark.parametrize(
     "stop_at", [1, 4, 8, 9, 13]
 )  # lap 0, within an M-step, within an E-step, between two laps

@@ -54,7 +54,7 @@ def make_run(folder, shape, corruption="mask", parameters=None, **config):
     corruption.learn(gaussian.sample(64, generator), generator)
     state = diffem.new_state(x0, diffem.new_denoiser(gaussian, corruption, settings, "cpu"), settings)
     with torch.no_grad():
-        for parameter in state.average.parameters():
+        for parameter in state.model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     folder.mkdir(parents=True)
     diffem.save_checkpoint(folder, state, settings)

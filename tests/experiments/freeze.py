@@ -36,7 +36,7 @@ def random_run(text: str, folder: Path, settings: dict) -> None:
     state, _, settings = random_state(text, **dict(precision="float32") | settings)
     generator = diffem.generator_for("cpu", 0)
     with torch.no_grad():
-        for parameter in state.average.parameters():
+        for parameter in state.model.parameters():
             parameter += 0.05 * diffem.randn_like(parameter, generator)
     diffem.save_checkpoint(folder, state, settings)
 

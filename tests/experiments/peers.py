@@ -38,7 +38,7 @@ def train(method: str, y: Tensor, corruption: diffem.Corruption, settings: diffe
         for state in em(y, corruption, settings):
             if not within():
                 break
-        return state.model, state.average.module.eval(), state.lap
+        return state.model, state.average, state.lap
 
 
 def run(text: str, method: str, x0: Tensor, truth: Tensor, features, options: argparse.Namespace) -> dict:

@@ -1,7 +1,7 @@
 """Where the time of a lap goes, and how fast the M-step is:  python tests/experiments/speed.py
 
-The M-step is compared with a naive loop (float32, contiguous tensors, Adam and the average one parameter
-after another) and, if diffusers is installed, with a training step of its UNet2DModel of the same channels
+The M-step is compared with a naive loop (float32, contiguous tensors, Adam one parameter after another)
+and, if diffusers is installed, with a training step of its UNet2DModel of the same channels
 and blocks. The candidates take turns; the median of their times counts. The images are random, 32x32 pixels
 in colour, 75 % of them missing. The lap has 100 steps and redraws --images.
 """
@@ -13,7 +13,6 @@ import torch
 from features import measure
 from table import DEVICE
 from timing import diffusers_step, flops_of, medians, named_network, random_state, timed
-from torch.optim.swa_utils import AveragedModel
 
 import diffem
 
@@ -23,7 +22,6 @@ def m_step(text: str, naive: bool = False, **settings):
     state, _, settings = random_state(text, 512, DEVICE, **settings)
     if naive:
         state.denoiser.network.to(memory_format=torch.contiguous_format)
-        state.average = AveragedModel(state.denoiser, avg_fn=lambda old, new, _: 0.99 * old + 0.01 * new)
         state.optimizer = torch.optim.Adam(state.denoiser.parameters(), settings.lr, foreach=False)
 
     def run() -> None:
@@ -58,15 +56,15 @@ def lap(text: str, images: int, **own) -> tuple[str, list[dict]]:
     """A title, and a row for each part of one lap and of its metrics."""
     state, y, settings = random_state(text, images, DEVICE, **own | dict(laps=1))
     functions = {diffem: "m_step optimise e_step scores", diffem.Denoiser: "loss"}
-    s = timed(functions | {torch.Tensor: "backward", AveragedModel: "update_parameters"})
+    s = timed(functions | {torch.Tensor: "backward", torch: "_foreach_lerp_"})
     held_out, truth, start = y[: images // 8], state.x0[: images // 8].clone(), time.perf_counter()
     *_, state = diffem.em(y, state.denoiser.corruption, settings, state)
     learnt = time.perf_counter() - start
     measure(state, held_out, truth, settings, lambda x: 0.0)
     total = time.perf_counter() - start
     parts = {"data": s["m_step"] - s["loss"] - s["optimise"], "forward": s["loss"], "backward": s["backward"]}
-    parts["optimiser"] = s["optimise"] - s["backward"] - s["update_parameters"]
-    parts |= {"average": s["update_parameters"], "E-step": s["e_step"], "scores": s["scores"]}
+    parts["optimiser"] = s["optimise"] - s["backward"] - s["_foreach_lerp_"]
+    parts |= {"average": s["_foreach_lerp_"], "E-step": s["e_step"], "scores": s["scores"]}
     parts |= {"other metrics": total - learnt - s["scores"], "all else": learnt - s["m_step"] - s["e_step"]}
     train = settings.steps * settings.batch / s["m_step"]
     draw = images * settings.e_step_sampler(1)[0] / s["e_step"]
