@@ -215,7 +215,7 @@ def test_the_onnx_file(run, restorer):
     )  # nothing of the machine it was made on
     model = onnx.load(run / "model.onnx")
     onnx.checker.check_model(model)
-    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 20)]
+    assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 18)]
     for value in list(model.graph.input) + list(model.graph.output):
         assert value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
         sizes = [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
