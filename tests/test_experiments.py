@@ -108,6 +108,13 @@ def test_laps(experiment):
         assert row["best energy"] == row["best PSNR"] or row["best energy: PSNR lost (dB)"] > 0
 
 
+def test_warm(experiment):
+    (rows,) = experiment("warm", DIGITS, "--first", 1)
+    runs = [("EM-MMPS", 0), ("EM-MMPS", 1), ("warm", 1), ("warm", 2), ("cold", 0), ("cold", 1), ("cold", 2)]
+    assert [(row["start"], row["lap"]) for row in rows] == runs
+    assert all(row["frechet_restored"] > 0 for row in rows)
+
+
 def test_misspecified(experiment):
     (rows,) = experiment(
         "misspecified", DIGITS, "--cases", "mask 0.5", "mask 0.5 as block 0.5", "jpeg 20 as jpeg 8"
