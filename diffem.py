@@ -75,8 +75,7 @@ def generator_for(device, *key: int) -> torch.Generator:
 
 def on_cpu(generator: torch.Generator) -> torch.Generator:
     """It, or one of the same seed: to read a GPU's numbers is to wait for the GPU."""
-    cpu = generator.device.type == "cpu"
-    return generator if cpu else generator_for("cpu", generator.initial_seed())
+    return generator if generator.device.type == "cpu" else generator_for("cpu", generator.initial_seed())
 
 
 @contextmanager
@@ -110,14 +109,14 @@ def any_rank(*conditions: bool) -> list[bool]:
 
 
 # ---- Settings of the method -------------------------------------------------------------------------------
+METHODS = ("ddpm", "ddim", "sde2m", "dpm2m")
+Pair = tuple[Tensor, Tensor]
+Step = tuple[float, float, float, float, float]
 
 
 def setting(default, help: str, low: float = 0, high: float = 1e6, choices: tuple = ()):
     """A field that is also a flag: a number in [low, high], or one of the choices, if any."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
-
-
-METHODS = ("ddpm", "ddim", "sde2m", "dpm2m")
 
 
 @dataclass
@@ -137,9 +136,7 @@ class Config:
     lr: float = setting(1e-3, "learning rate of Adam; falls to 0 in the second half of the laps", 1e-12)
     clip: float = setting(1.0, "largest norm of the gradient", 1e-12)
     precision: str = setting("auto", "number format of the U-Net", choices=("auto", "float32", "bfloat16"))
-    compile: str = setting(
-        "auto", "torch.compile the U-Net; auto: on a GPU, in long runs", choices=("auto", "on", "off")
-    )
+    compile: str = setting("auto", "compile the U-Net; auto: in long GPU runs", choices=("auto", "on", "off"))
     ema: float = setting(0.99, "decay of the weights' moving average, used in the E-step", 0, 0.999999)
     p_unconditional: float = setting(0.1, "probability that training replaces y by 0", 0, 1)
     flip: bool = setting(False, "mirror training images at random")
@@ -240,9 +237,8 @@ class Corruption(nn.Module):
 
     A subclass defines `A` if it is not the identity, `mask` if it hides pixels, `eps` if the noise is not
     white, `observe` if the noise depends on x. The arguments of its __init__ have defaults; they become
-    flags, and attributes if passed on to this one. What y says about x, w and h, is measured on draws of the
-    start in the basis that `block` names, and need not be exact. A subclass of `Linear` gives it by a formula
-    instead.
+    flags, and attributes if passed on to this one. w and h are measured on draws of the start, in the basis
+    that `block` names, and need not be exact. A subclass of `Linear` gives them by a formula instead.
     """
 
     __constants__ = ["noise", "block", "patch"]
@@ -259,8 +255,8 @@ class Corruption(nn.Module):
         for name, value in parameters.items():
             low, high = self.limits.get(name, (value, value))
             message = f"--{name} must be from {low} to {high}, not {value}"
-            units = name == "noise" and value > 4
-            message += f": {value:g} of 255 grey levels are {value * 4 / 255:.2g} here" if units else ""
+            if name == "noise" and value > 4:
+                message += f": {value:g} of 255 grey levels are {value * 4 / 255:.2g} here"
             require(low <= value <= high, message)
             setattr(self, name, value)
         self.register_buffer("masks", None, persistent=False)  # (K, 1, H, W), observed: in place of `mask`
@@ -298,13 +294,18 @@ class Corruption(nn.Module):
     def hides_pixels(self) -> bool:
         return self.masks is not None or type(self).mask is not Corruption.mask
 
+    def known(self, y: Tensor) -> Pair:
+        """w and h / T y, in shapes that expand to (B, C, H, W), 0 where y is masked."""
+        i, j = [torch.arange(n, device=y.device) % self.w.shape[-1] for n in y.shape[-2:]]
+        return y[:, -1:] * self.w[:, i][:, :, j], y[:, -1:] * self.slope[:, i][:, :, j]
+
     def precision(self, y: Tensor) -> Tensor:
         """w: (B, C + 1, H, W) -> (B, C, H, W)."""
-        return tiled(self.w, y)
+        return self.known(y)[0].expand_as(y[:, :-1])
 
     def product(self, y: Tensor) -> Tensor:
         """h: (B, C + 1, H, W) -> (B, C, H, W)."""
-        return tiled(self.slope, y) * transform(y[:, :-1], self.block)
+        return self.known(y)[1] * transform(y[:, :-1], self.block)
 
     def learn(self, x: Tensor, generator: torch.Generator) -> None:
         """Measures w and h for each channel and coefficient of a block, on x (N, C, H, W) like clean ones."""
@@ -321,12 +322,6 @@ class Corruption(nn.Module):
         self.w, self.slope = (precision - 1 / tt).clamp_min(0), precision * tu / uu
 
 
-def tiled(table: Tensor, y: Tensor) -> Tensor:
-    """table (C, n, n), repeated over the blocks of n x n values: (B, C, H, W), and 0 where y is masked."""
-    i, j = [torch.arange(n, device=y.device) % table.shape[-1] for n in y.shape[-2:]]
-    return (y[:, -1:] * table[:, i][:, :, j]).expand_as(y[:, :-1])
-
-
 class Linear(Corruption):
     """A = T^T k T with a known k, `transfer`. Then w = k^2 / s^2 and h = k T y / s^2. Both are 0 where a
     pixel is missing, or, if T is of the whole image, where any pixel is."""
@@ -335,16 +330,11 @@ class Linear(Corruption):
         """k, in a shape that expands to (H, W)."""
         return torch.ones(1, 1, device=y.device)
 
-    def inverse_variance(self, y: Tensor) -> Tensor:
-        """1 / s^2 for each coefficient of T y, or 0. Noise that a patch shares counts side times in T y."""
+    def known(self, y: Tensor) -> Pair:
+        # Noise that a patch shares counts side times in T y. To more than 1e6, float32 could not add 1 / S
         m = y[:, -1:].amin((2, 3), keepdim=True) if self.block == 0 else y[:, -1:]
-        return m / max((self.patch * self.noise) ** 2, 1e-6)  # with more, float32 could not add 1 / S
-
-    def precision(self, y: Tensor) -> Tensor:
-        return (self.inverse_variance(y) * self.transfer(y) ** 2).expand_as(y[:, :-1])
-
-    def product(self, y: Tensor) -> Tensor:
-        return self.inverse_variance(y) * self.transfer(y) * transform(y[:, :-1], self.block)
+        k, precision = self.transfer(y), m / max((self.patch * self.noise) ** 2, 1e-6)
+        return precision * k**2, precision * k
 
     def learn(self, x: Tensor, generator: torch.Generator) -> None:
         pass
@@ -394,8 +384,7 @@ class Noise(Linear):
 
 class Blur(Linear):
     """Gaussian blur of `width` pixels (standard deviation), mirrored at the border (b a | a b): y = K x + s
-    eps. float32 is enough for s >= 1e-3, the paper's: w is at most 1e6, and where K all but removes a
-    frequency, w and its error are small beside what the Gaussian knows. A smaller s counts as 1e-3 in w."""
+    eps. float32 is enough for s >= 1e-3, the paper's. A smaller s counts as 1e-3 in w."""
 
     block, rescale, limits = 0, True, dict(width=(0.01, 1e3), noise=(0, 4))
 
@@ -426,10 +415,9 @@ class Downsample(Linear):
         self.patch = self.block = self.multiple = factor
 
     def A(self, x: Tensor) -> Tensor:
-        H, W = x.shape[-2:]
-        ok = H % self.factor == W % self.factor == 0
-        require(ok, f"{H}x{W} pixels cannot be downsampled by {self.factor}")
-        return F.interpolate(F.avg_pool2d(x, self.factor), size=(H, W), mode="nearest")
+        (H, W), f = x.shape[-2:], self.factor
+        require(H % f == W % f == 0, f"{H}x{W} pixels cannot be downsampled by {f}")
+        return F.interpolate(F.avg_pool2d(x, f), size=(H, W), mode="nearest")
 
     def eps(self, x: Tensor, generator: torch.Generator) -> Tensor:
         return self.factor * self.A(randn_like(x, generator))
@@ -470,23 +458,18 @@ class Jpeg(Corruption):
 
     def A(self, x: Tensor) -> Tensor:
         require(x.shape[1] in (1, 3), f"jpeg takes images of 1 or 3 channels, not {x.shape[1]}")
-        pixels = ((x + 2) * (255 / 4)).clamp(0, 255).round()
-        if x.shape[1] == 1:
-            return (self.quantised(pixels - 128, self.q[:1]) + 128) * (4 / 255) - 2
         (H, W), step = x.shape[-2:], [2 if self.subsampling == 2 else 1, 2 if self.subsampling else 1]
+        pixels = ((x + 2) * (255 / 4)).clamp(0, 255).round().expand(-1, 3, -1, -1)  # of grey, Cb = Cr = 0
         ycc = self.ycc @ pixels.double().flatten(2)  # Cb and Cr about 0, their halves rounded down
-        ycc = torch.cat([(ycc[:, :1] + 0.5).floor(), (ycc[:, 1:] + 32767 / 65536).floor()], 1)
-        ycc = ycc.view(x.shape).float()
+        ycc = torch.cat([ycc[:, :1] + 0.5, ycc[:, 1:] + 32767 / 65536], 1).floor().view(pixels.shape).float()
         luma, chroma = self.quantised(ycc[:, :1] - 128, self.q[:1]) + 128, ycc[:, 1:]
-        if self.subsampling:
-            chroma = F.avg_pool2d(F.pad(chroma, [0, -W % 16, 0, -H % 16], mode="replicate"), step)
-            chroma = self.rounded(chroma, 0.25 if step[0] == 2 else 0.0, 0.5)
+        chroma = F.avg_pool2d(F.pad(chroma, [0, -W % 16, 0, -H % 16], mode="replicate"), step)
+        chroma = self.rounded(chroma, 0.25 if step[0] == 2 else 0.0, 0.5)
         chroma = self.quantised(chroma, self.q[1:])[..., : -(-H // step[0]), : -(-W // step[1])]
-        if self.subsampling:
-            chroma = F.interpolate(chroma, scale_factor=step, mode="bilinear")[..., :H, :W]
-            chroma = self.rounded(chroma, *((0.5, 0.4375) if step[0] == 2 else (0.25, 0.5)))
+        chroma = F.interpolate(chroma, scale_factor=step, mode="bilinear")[..., :H, :W]
+        chroma = self.rounded(chroma, *((0.5, 0.4375) if step[0] == 2 else (0.25, 0.5)))
         rgb = self.rgb @ torch.cat([luma, chroma], 1).double().flatten(2) + 0.5
-        return rgb.floor().view(x.shape).float().clamp(0, 255) * (4 / 255) - 2
+        return rgb.floor().view(pixels.shape)[:, : x.shape[1]].float().clamp(0, 255) * (4 / 255) - 2
 
     def rounded(self, x: Tensor, even: float, odd: float) -> Tensor:
         """libjpeg adds different numbers in even and odd columns before it rounds down."""
@@ -517,11 +500,6 @@ def mask_patches(y: Tensor, fraction: Tensor, side: int, generator: torch.Genera
 
 
 # ---- The start: a Gaussian which knows that images are smooth ---------------------------------------------
-
-
-Pair = tuple[Tensor, Tensor]
-
-
 class Gaussian(nn.Module):
     """x ~ N(mean, Sigma), Sigma = S + U U^T. S is diagonal in the DCT of the image and in opponent colours,
     where it falls with the frequency, S_ij = scale / (1 + i^2 + j^2)^(power / 2). U is of low rank, for
@@ -538,14 +516,10 @@ class Gaussian(nn.Module):
         self.register_buffer("U", torch.zeros(math.prod(shape), rank))
         self.register_buffer("V", torch.zeros(math.prod(shape), rank))  # Sigma^-1 = S^-1 - V V^T
 
-    def shape(self, H: int, W: int, power: Tensor) -> Tensor:
-        """(1 + i^2 + j^2)^(-power / 2), i and j relative to the size that was fitted."""
-        i, j = self.height * fractions(H, power.device), self.width * fractions(W, power.device)
-        return torch.exp(-power / 2 * (1 + i[:, None] ** 2 + j**2).log())
-
     def spectrum(self, H: int, W: int) -> Tensor:
-        """S, (C, H, W)."""
-        return self.scale * self.shape(H, W, self.power)
+        """S (C, H, W), with i and j relative to the size that was fitted."""
+        i, j = self.height * fractions(H, self.power.device), self.width * fractions(W, self.power.device)
+        return self.scale * torch.exp(-self.power / 2 * (1 + i[:, None] ** 2 + j**2).log())
 
     def fit(self, x: Tensor, generator: torch.Generator) -> "Gaussian":
         """Maximum likelihood for x (N, C, H, W); a power of 0 stays. Returns itself."""
@@ -562,7 +536,8 @@ class Gaussian(nn.Module):
         rest = rest * (d / (d - U.shape[1]))
         # The power of maximum likelihood:  min_p log mean(rest / shape_p) + mean log shape_p
         powers = torch.linspace(0, 6 if self.power.any() else 0, 121, device=x.device).view(-1, 1, 1, 1)
-        shapes = self.shape(*x.shape[-2:], powers)
+        self.power, self.scale = powers, torch.ones_like(powers)
+        shapes = self.spectrum(*x.shape[-2:])  # of scale 1, for each power
         scales = (rest / shapes).mean((2, 3), keepdim=True).clamp_min(1e-6)  # (121, C, 1, 1)
         best = (scales.log() + shapes.log().mean((2, 3), keepdim=True)).argmin(0, keepdim=True)
         self.power, self.scale = (v.expand_as(scales).gather(0, best)[0] for v in (powers, scales))
@@ -671,8 +646,6 @@ def fit_start(y: Tensor, corruption: Corruption, config: Config, generator: torc
 
 
 # ---- Networks, which TorchScript compiles as they are -----------------------------------------------------
-
-
 def zeroed(layer: nn.Module) -> nn.Module:
     """The layer, initialised to give 0."""
     for parameter in layer.parameters():
@@ -743,21 +716,17 @@ class UNet(nn.Module):
         super().__init__()
         channels, coarsest = config.channels, len(config.channels) - 1
 
-        def blocks(i: int) -> nn.ModuleList:
+        def level(i: int, inputs: int, stride: int) -> tuple[nn.Module, nn.ModuleList]:
+            conv = nn.Conv2d(inputs, channels[i], 3, stride, padding=1)
             heads = config.heads if i in config.attention else 0
             arguments = channels[i], 4 * channels[0], heads, config.dropout
-            return nn.ModuleList(ResidualBlock(*arguments) for _ in range(config.blocks))
+            return conv, nn.ModuleList(ResidualBlock(*arguments) for _ in range(config.blocks))
 
         self.emb = NoiseEmbedding(4 * channels[0])
-        self.down, self.encoder = nn.ModuleList(), nn.ModuleList()
-        for i, width in enumerate(channels):
-            stride = 2 if i else 1
-            self.down.append(nn.Conv2d(channels[i - 1] if i else inputs, width, 3, stride, padding=1))
-            self.encoder.append(blocks(i))
-        self.up, self.decoder = nn.ModuleList(), nn.ModuleList()  # from the coarsest level to the finest
-        for i in range(coarsest, -1, -1):
-            self.up.append(nn.Conv2d(channels[min(i + 1, coarsest)] + channels[i], channels[i], 3, padding=1))
-            self.decoder.append(blocks(i))
+        down = [level(i, channels[i - 1] if i else inputs, 2 if i else 1) for i in range(coarsest + 1)]
+        up = [level(i, channels[min(i + 1, coarsest)] + channels[i], 1) for i in range(coarsest, -1, -1)]
+        self.down, self.encoder = (nn.ModuleList(part) for part in zip(*down))
+        self.up, self.decoder = (nn.ModuleList(part) for part in zip(*up))  # the coarsest level first
         self.norm = group_norm(channels[0])
         self.out = zeroed(nn.Conv2d(channels[0], outputs, 3, padding=1))
 
@@ -779,15 +748,10 @@ class UNet(nn.Module):
 
 
 # ---- Noise levels, sampler, denoiser ----------------------------------------------------------------------
-
-
 def random_noise_level(number: int, config: Config, generator: torch.Generator) -> Tensor:
     """(number,) of sigma(t) = exp((1 - t) log sigma_min + t log sigma_max), t ~ Beta(3, 3): a median of 5."""
     t = torch.rand(number, 5, generator=generator, device=generator.device).median(1).values
     return torch.exp((1 - t) * math.log(config.sigma_min) + t * math.log(config.sigma_max))
-
-
-Step = tuple[float, float, float, float, float]
 
 
 def sampler(method: str, steps: int, sigma_min: float, sigma_max: float) -> list[Step]:
@@ -800,17 +764,15 @@ def sampler(method: str, steps: int, sigma_min: float, sigma_max: float) -> list
         sde2m, dpm2m: the same with (3 D - D_previous) / 2 in place of D, except in the first and last step
                                                               (DPM-Solver++(2M), SDE and ODE, Lu et al. 2022)
     """
-    if method != "ddpm" and method != "ddim" and method != "sde2m" and method != "dpm2m":
-        raise DiffEMError(f"unknown method {method}: ddpm, ddim, sde2m, dpm2m")
-    if steps < 1:
-        raise DiffEMError(f"steps must be at least 1, not {steps}")
+    known = method in ["ddpm", "ddim", "sde2m", "dpm2m"]
+    require(known, f"unknown method {method}: ddpm, ddim, sde2m, dpm2m")
+    require(steps >= 1, f"steps must be at least 1, not {steps}")
     table: list[Step] = []
     levels = [sigma_max * (sigma_min / sigma_max) ** (i / max(steps - 1, 1)) for i in range(steps)] + [0.0]
     for i in range(steps):
         a, c, d = levels[i + 1] / levels[i], 0.0, 0.0
         if method == "ddpm" or method == "sde2m":
-            d = levels[i + 1] * math.sqrt(1 - a * a)
-            a = a * a
+            a, d = a * a, levels[i + 1] * math.sqrt(1 - a * a)
         if (method == "sde2m" or method == "dpm2m") and 0 < i and i < steps - 1:
             c = -0.5 * (1 - a)
         table.append((levels[i], a, 1 - a - c, c, d))
@@ -823,10 +785,9 @@ class Denoiser(nn.Module):
     D = G + O^T v^(1/2) O F(c_in xt, G, y, log sigma),  c_in = 1 / sqrt(sigma^2 + 1). G is the mean of x0
     given xt and y under a smooth Gaussian, v its variance for each pixel and opponent colour: y says w and h
     of T x0, xt adds 1 / sigma^2 to w. The network F is 0 at first, so D starts as the best guess under that
-    Gaussian, agrees with y, and learns only what is not Gaussian. (With v in T in place of O, F, a
-    convolution, would have to know the place of each block, and learns nothing.) Preconditioning "edm": the
-    Gaussian is N(0, I) and w = h = 0, hence G = xt / (sigma^2 + 1),  v = sigma^2 / (sigma^2 + 1),  as
-    published (Karras et al. 2022).
+    Gaussian, agrees with y, and learns only what is not Gaussian. (With v in T in place of O, the convolution
+    F would have to know the place of each block, and learns nothing.) Preconditioning "edm" (Karras et al.
+    2022): N(0, I) and w = h = 0, hence  G = xt / (sigma^2 + 1),  v = sigma^2 / (sigma^2 + 1),  as published.
     """
 
     def __init__(self, gaussian: Gaussian, corruption: Corruption, config: Config):
@@ -835,16 +796,15 @@ class Denoiser(nn.Module):
         self.corruption, self.x_shape = corruption, [C, gaussian.height, gaussian.width]
         self.gaussian, self.likelihood = gaussian, corruption
         if config.preconditioning == "edm":
-            self.gaussian, self.likelihood = Gaussian(self.x_shape), Corruption()
-            self.likelihood.block = 0
+            self.gaussian, self.likelihood = Gaussian(self.x_shape), Corruption(block=0)
         self.sigma_min, self.sigma_max, self.bfloat16 = config.sigma_min, config.sigma_max, False
         self.network = UNet(3 * C + 1, C, config)
 
     def shape(self, y: Tensor) -> list[int]:
         """The shape of the x that y observes."""
         C = self.x_shape[0]
-        if y.dim() != 4 or y.shape[1] != C + 1:
-            raise DiffEMError(f"observations must be (B, {C + 1}, H, W), the mask last, not {list(y.shape)}")
+        ok = y.dim() == 4 and y.shape[1] == C + 1
+        require(ok, f"observations must be (B, {C + 1}, H, W), the mask last, not {list(y.shape)}")
         return [y.shape[0], C, y.shape[2], y.shape[3]]
 
     def posterior(self, xt: Tensor, sigma: Tensor, y: Tensor) -> Pair:
@@ -857,36 +817,32 @@ class Denoiser(nn.Module):
             c = rows.T @ c @ columns
         return inverse(mean, block), c
 
-    def estimate(self, xt: Tensor, sigma: Tensor, y: Tensor, G: Tensor, v: Tensor) -> Tensor:
-        """D, given G and v."""
-        scaled, log_sigma = xt * (sigma**2 + 1).rsqrt(), sigma.flatten().log()
+    def estimate(self, xt: Tensor, sigma: Tensor, y: Tensor) -> Pair:
+        """D and v. sigma: (B,)."""
+        log_sigma, sigma = sigma.log(), sigma.view(-1, 1, 1, 1)
+        G, v = self.posterior(xt, sigma, y)
+        scaled = xt * (sigma**2 + 1).rsqrt()
         if torch.jit.is_scripting() or not self.bfloat16:
             output = self.network(scaled, G, y, log_sigma)
         else:
             with torch.autocast(xt.device.type, torch.bfloat16):
                 output = self.network(scaled, G, y, log_sigma)
-        return G + inverse(v.sqrt() * transform(output.float(), 1), 1)
+        return G + inverse(v.sqrt() * transform(output.float(), 1), 1), v
 
     def forward(self, xt: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
         """xt (B, C, H, W), sigma (B,), y (B, C + 1, H, W) -> (B, C, H, W)."""
-        sigma = sigma.view(-1, 1, 1, 1)
-        G, v = self.posterior(xt, sigma, y)
-        return self.estimate(xt, sigma, y, G, v)
+        return self.estimate(xt, sigma, y)[0]
 
     def loss(self, x0: Tensor, y: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
         """Eq. 10 for each x0 (B, C, H, W) at noise level sigma (B,): (B,), about 1 while F is 0.
 
         The paper's lambda(sigma) |e|^2 / d,  lambda = 1 / sigma^2 + 1,  weighs the error e = D - x0 by the
-        precision of x0 given xt under N(0, I). Here it is the Gaussian's, given xt and y,  |e|^2 / sum v,
-        the same for "edm". (|v^(-1/2) e|^2 would spend the network on colours and pixels that are almost
-        certain.)
+        precision of x0 given xt under N(0, I). Here it is the Gaussian's, given xt and y,  |e|^2 / sum v. For
+        "edm" it is the same. (|v^(-1/2) e|^2 would spend the network on pixels that are almost certain.)
         """
-        sigma = sigma.view(-1, 1, 1, 1)
-        xt = x0 + sigma * randn_like(x0, generator)
-        with torch.no_grad():
-            G, v = self.posterior(xt, sigma, y)
-        error = self.estimate(xt, sigma, y, G, v) - x0
-        return error.square().flatten(1).sum(1) / v.flatten(1).sum(1)
+        xt = x0 + sigma.view(-1, 1, 1, 1) * randn_like(x0, generator)
+        D, v = self.estimate(xt, sigma, y)
+        return (D - x0).square().flatten(1).sum(1) / v.flatten(1).sum(1)
 
     @torch.jit.export
     def sample(self, y: Tensor, steps: int, method: str, generator: torch.Generator) -> Tensor:
@@ -894,17 +850,14 @@ class Denoiser(nn.Module):
         with torch.no_grad():
             shape = self.shape(y)
             xt = self.sigma_max * torch.randn(shape, generator=generator, device=y.device)
-            previous = torch.zeros_like(xt)
+            x0 = torch.zeros_like(xt)
             for sigma, a, b, c, d in sampler(method, steps, self.sigma_min, self.sigma_max):
-                x0 = self(xt, torch.full(shape[:1], sigma, device=y.device), y)
+                previous, x0 = x0, self(xt, torch.full(shape[:1], sigma, device=y.device), y)
                 xt = a * xt + b * x0 + c * previous + d * randn_like(xt, generator)
-                previous = x0
             return xt
 
 
 # ---- Expectation maximisation -----------------------------------------------------------------------------
-
-
 @dataclass
 class State:
     """Where a run stands. Lap 0 is the start."""
@@ -936,10 +889,9 @@ class State:
 
     def check(self) -> None:
         """Raises DiffEMError if a loss of this lap is not finite."""
-        bad = (~self.losses[: self.step].isfinite()).nonzero()
-        if len(bad):
-            where = f"lap {self.lap}, step {int(bad[0]) + 1}"
-            raise DiffEMError(f"the loss is not finite in {where}: try a lower --lr")
+        good = int(self.losses[: self.step].isfinite().cumprod(0).sum())  # steps before the first bad one
+        where = f"lap {self.lap}, step {good + 1}"
+        require(good == self.step, f"the loss is not finite in {where}: try a lower --lr")
 
 
 def new_denoiser(gaussian: Gaussian, corruption: Corruption, config: Config, device, cls=Denoiser):
@@ -958,7 +910,7 @@ def new_denoiser(gaussian: Gaussian, corruption: Corruption, config: Config, dev
 def new_state(x0: Tensor, denoiser: nn.Module, config: Config) -> State:
     """The state before lap 1, of reconstructions x0 (N, ...)."""
     device = next(denoiser.parameters()).device
-    average = copy.deepcopy(denoiser).eval()
+    average = copy.deepcopy(denoiser.train()).eval()
     long = config.laps * config.steps >= 20_000  # in shorter runs the compiler takes longer than it saves
     if config.compile == "on" or config.compile == "auto" and device.type == "cuda" and long:
         try:
@@ -1058,7 +1010,6 @@ def m_step(state: State, config: Config, generator: torch.Generator) -> None:
         fraction, u = torch.rand(2, len(y), generator=generator, device=device)
         y = mask_patches(y, fraction * (u < p), corruption.patch, generator)
     sigma = random_noise_level(len(y), config, generator)
-    state.denoiser.train()
     with torch_seeded_by(generator):  # for dropout
         loss = state.denoiser.loss(x0, y, sigma, generator).mean()
     optimise(state, loss, config)
@@ -1099,9 +1050,8 @@ def random_images(x0: Tensor, number: int, generator: torch.Generator) -> Tensor
 
 
 def augment(x0: Tensor, config: Config, generator: torch.Generator, multiple: int = 4) -> Tensor:
-    """Mirrored images, slightly other hues (up to 0.01 of a turn) and saturations (up to 5 %), as published;
-    smaller copies, by a factor down to 1/2 for the whole batch, their sides multiples of a number; random
-    squares."""
+    """Mirrored images; slightly other hues (up to 0.01 of a turn) and saturations (up to 5 %), as published;
+    smaller copies, by one factor down to 1/2, their sides multiples of a number; random squares."""
     mirror, turn, saturation = torch.rand(3, len(x0), 1, 1, 1, generator=generator, device=x0.device)
     if config.flip:
         x0 = torch.where(mirror < 0.5, x0.flip(3), x0)
@@ -1116,8 +1066,8 @@ def augment(x0: Tensor, config: Config, generator: torch.Generator, multiple: in
         size = [multiple * max(1, round(n * factor / multiple)) for n in x0.shape[2:]]
         x0 = F.interpolate(x0, size=size, mode="bicubic", antialias=True)
     if config.crop:
-        # The corruption's blocks then lie elsewhere on each image: what they lose at one place is learnt at
-        # another. Its border is treated as an image's: the U-Net pads it by 0, the corruption mirrors it
+        # The corruption's blocks then lie elsewhere on each image: what they lose here is learnt there. The
+        # border of a square is treated as an image's: the U-Net pads it by 0, the corruption mirrors it
         crop, where = min(config.crop, *x0.shape[2:]), dict(generator=generator, device=x0.device)
         corner = [torch.randint(n - crop + 1, (len(x0), 1, 1, 1), **where) for n in x0.shape[2:]]
         i = torch.arange(crop, device=x0.device)
