@@ -25,6 +25,7 @@ import ctypes
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -59,16 +60,23 @@ def require(condition: bool, message: str) -> None:
 
 
 @contextlib.contextmanager
+def explained(message: str):
+    """Any error becomes an ExportError with this message: Pillow, numpy and onnxruntime have many classes."""
+    try:
+        yield
+    except Exception as error:
+        raise ExportError(f"{message}: {' '.join(str(error).split()):.300}") from error
+
+
+@contextlib.contextmanager
 def replacing(path: Path):
     """A new file, put in the place of another when it is complete. A failure leaves the old one as it was."""
     new = path.with_name(path.name + ".new")
     try:
-        with open(new, "wb") as file:
-            yield file
-        new.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save turns the one into the other
-        message = f"cannot write {path} ({error}); the old file, if any, is unchanged"
-        raise ExportError(message) from error
+        with explained(f"cannot write {path} (the old file, if any, is unchanged)"):
+            with open(new, "wb") as file:
+                yield file
+            new.replace(path)
     finally:
         new.unlink(missing_ok=True)
 
@@ -81,27 +89,16 @@ def onnx_step(denoiser, half: bool, metadata: dict) -> bytes:
     since sigma^2 is below what float16 can hold. Changes the denoiser."""
     import torch
 
-    class Half(torch.nn.Module):
-        def __init__(self, network):
-            super().__init__()
-            self.network = network.half()
-            self.network.emb.float()  # float16 is too coarse for its sines
-
-        def forward(self, xt, mean, y, log_sigma):
-            return self.network(xt.half(), mean.half(), y.half(), log_sigma).float()
-
-    class Step(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.denoiser = denoiser
-
+    class Step(torch.nn.ModuleDict):
         def forward(self, xt, sigma, y, coefficients, x0_previous, noise):
-            x0 = self.denoiser(xt, sigma, y)
+            x0 = self["denoiser"](xt, sigma, y)
             a, b, c, d = coefficients.unbind(0)
             return a * xt + b * x0 + c * x0_previous + d * noise, x0
 
-    denoiser.network.to(memory_format=torch.contiguous_format)
-    denoiser.network = Half(denoiser.network) if half else denoiser.network
+    network = denoiser.network.to(memory_format=torch.contiguous_format)
+    if half:
+        network.half().emb.float()  # float16 is too coarse for the sines of `emb`
+        network.register_forward_pre_hook(lambda network, xs: (*[x.half() for x in xs[:3]], xs[3]))
     C, H, W = denoiser.x_shape
     xt, previous, noise = torch.zeros(3, 2, C, H, W)  # one tensor for all three would be taken for one input
     inputs = xt, torch.ones(2), torch.zeros(2, C + 1, H, W), torch.ones(4), previous, noise
@@ -109,11 +106,9 @@ def onnx_step(denoiser, half: bool, metadata: dict) -> bytes:
     least = dict(batch=0, height=metadata["multiple"] + 1, width=metadata["multiple"] + 1)
     batch, height, width = (torch.export.Dim(name, min=n) for name, n in least.items())
     image = {0: batch, 2: height, 3: width}
-    names = ["xt", "sigma", "y", "coefficients", "x0_previous", "noise"]
-    shapes = (image, {0: batch}, image, {}, image, image)
-    options = dict(dynamo=True, opset_version=18, verbose=False, dynamic_shapes=shapes)
-    options |= dict(input_names=names, output_names=["xs", "x0"])
-    program = torch.onnx.export(Step().eval(), inputs, **options)
+    options = dict(dynamic_shapes=(image, {0: batch}, image, {}, image, image), output_names=["xs", "x0"])
+    step = Step(dict(denoiser=denoiser)).eval()
+    program = torch.onnx.export(step, inputs, dynamo=True, opset_version=18, verbose=False, **options)
     model = program.model
     # PyTorch's notes name paths of this machine
     for part in (model, model.graph, *model.graph.all_nodes(), *model.graph.initializers.values()):
@@ -136,56 +131,42 @@ def describe(denoiser, settings, half: bool) -> dict:
 
     corruption, (channels, *size) = denoiser.corruption, denoiser.x_shape
     multiple = 2 ** (len(settings.channels) - 1)  # of the sides that the U-Net halves without a rest
-    return dict(
-        format=FORMAT,
-        channels=channels,
-        image_size=size,
-        range=[-2, 2],
-        dtype="float16" if half else "float32",
-        schedule="log-uniform from sigma_max to sigma_min, then 0",
-        sigma_min=settings.sigma_min,
-        sigma_max=settings.sigma_max,
-        method=settings.method,
-        steps=settings.sample_steps,
-        corruption=settings.corruption,
-        parameters=settings.parameters,
-        masks=corruption.hides_pixels(),
-        # s of the pixels that are observed: below half a grey level they keep their values
-        masked_noise=corruption.noise if isinstance(corruption, Mask) else 4.0,
-        grid=math.lcm(16, multiple, corruption.patch),  # of the tiles of a large image
-        multiple=multiple,
-    )
+    grid = math.lcm(16, multiple, corruption.patch)  # of the tiles of a large image
+    # s of the pixels that are observed: below half a grey level they keep their values
+    noise = corruption.noise if isinstance(corruption, Mask) else 4.0
+    kind, schedule = "float16" if half else "float32", "log-uniform from sigma_max to sigma_min, then 0"
+    meta = {name: getattr(settings, name) for name in ("sigma_min", "sigma_max", "method", "corruption")}
+    meta |= dict(steps=settings.sample_steps, parameters=settings.parameters, schedule=schedule)
+    meta |= dict(format=FORMAT, channels=channels, image_size=size, range=[-2, 2], dtype=kind, grid=grid)
+    return meta | dict(multiple=multiple, masks=corruption.hides_pixels(), masked_noise=noise)
 
 
-def largest_errors(denoiser, script: Path, onnx: Path) -> dict[Path, float]:
-    """Of each file against the denoiser, on random inputs of another batch and size than the traced ones."""
+def largest_errors(denoiser, script: bytes, onnx: bytes) -> list[float]:
+    """Of both files against the denoiser, on random inputs of another batch and size than the traced ones."""
     import torch
 
-    generator, seeded = torch.Generator().manual_seed(0), torch.Generator
+    generator = torch.Generator().manual_seed(0)
     shape = [3] + [n + 3 * i for i, n in enumerate(denoiser.x_shape)]  # not square, and no multiple of 8
     sigma, (x, previous, noise) = torch.tensor([0.01, 1, 50]), torch.randn(3, *shape, generator=generator)
     y = torch.cat([x, torch.ones_like(x[:, :1])], 1)
     if denoiser.corruption.hides_pixels():
         y = y * (torch.rand(y[:, :1].shape, generator=generator) > 0.5)
     xt = x + sigma.view(-1, 1, 1, 1) * noise
-    scripted = torch.jit.load(script)
+    models = denoiser, torch.jit.load(io.BytesIO(script))
     with torch.no_grad():
         x0 = denoiser(xt, sigma, y)
-        models = denoiser, scripted
-        drawn, redrawn = (model.sample(y, 3, "ddpm", seeded().manual_seed(0)) for model in models)
-        errors = {script: [scripted(xt, sigma, y) - x0, redrawn - drawn]}
-    a, b, c, d = coefficients = torch.tensor([0.1, 0.7, -0.2, 0.3])
+        drawn, redrawn = (model.sample(y, 3, "ddpm", generator.manual_seed(0)) for model in models)
+    a, b, c, d = coefficients = torch.tensor([0.1, 1, -0.2, 0.3])
     inputs = dict(xt=xt, sigma=sigma, y=y, coefficients=coefficients, x0_previous=previous, noise=noise)
-    inputs = {name: value.numpy() for name, value in inputs.items()}
-    xs, estimate = map(torch.tensor, Restorer(onnx, "cpu").session.run(["xs", "x0"], inputs))
-    errors[onnx] = [estimate - x0, xs - (a * xt + b * x0 + c * previous + d * noise)]
-    return {path: max(float(v.abs().max()) for v in values) for path, values in errors.items()}
+    (xs,) = Restorer(onnx, "cpu").session.run(["xs"], {name: v.numpy() for name, v in inputs.items()})
+    xs = torch.tensor(xs) - (a * xt + b * x0 + c * previous + d * noise)
+    return [float(difference.abs().max()) for difference in (redrawn - drawn, xs)]
 
 
 def export(folder: str, out: str = "", half: bool = False, best: bool = False, corruption=None) -> None:
-    """Writes model.ts.pt and model.onnx (half: model.half.onnx) of the last lap, or of the best. Each is put
-    in its place only after it was compared with the denoiser. Raises ExportError if it differs by more than
-    1e-4 (float16: 0.04, 1 % of the range). corruption: an instance, if it is your own."""
+    """Writes model.ts.pt and model.onnx (half: model.half.onnx) of the last lap, or of the best. Both are
+    compared with the denoiser first. Raises ExportError if one differs by more than 1e-4 (float16: 0.04, 1 %
+    of the range). corruption: an instance, if it is your own."""
     import torch
 
     import diffem
@@ -197,30 +178,20 @@ def export(folder: str, out: str = "", half: bool = False, best: bool = False, c
         raise ExportError(str(error)) from error
     denoiser.bfloat16, out = False, Path(out or folder)  # the files compute in float32
     out.mkdir(parents=True, exist_ok=True)
-    script, onnx = out / "model.ts.pt.new", out / f"model{'.half' * half}.onnx.new"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.jit is deprecated
-            frozen = torch.jit.freeze(torch.jit.script(denoiser), preserved_attrs=["sample"])
-            script.write_bytes(frozen.save_to_buffer())
-            onnx.write_bytes(onnx_step(copy.deepcopy(denoiser), half, describe(denoiser, settings, half)))
-            errors = largest_errors(denoiser, script, onnx)
-        for path, error in errors.items():
-            most = 0.04 if path == onnx and half else 1e-4
-            message = f"{path.stem} differs from PyTorch by {error:.2g}, more than {most:g}: not kept"
-            require(error <= most, message)
-        for path, error in errors.items():
-            final = path.replace(path.with_suffix(""))
-            print(f"{final}: {final.stat().st_size / 1e6:.1f} MB, largest error against PyTorch {error:.1e}")
-    except (OSError, ImportError):
-        raise
-    except Exception as error:  # torch.jit, torch.onnx and onnxruntime raise many classes
-        reason = " ".join(str(error).split())[:200]
-        message = f"PyTorch {torch.__version__} cannot export this model (2.14 can): {reason}"
-        raise ExportError(message) from error
-    finally:
-        script.unlink(missing_ok=True)
-        onnx.unlink(missing_ok=True)
+    message = f"PyTorch {torch.__version__} cannot export this model (2.14 can)"
+    with explained(message), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        frozen = torch.jit.freeze(torch.jit.script(denoiser), preserved_attrs=["sample"])
+        script = frozen.save_to_buffer()
+        onnx = onnx_step(copy.deepcopy(denoiser), half, describe(denoiser, settings, half))
+        errors = largest_errors(denoiser, script, onnx)
+    names, limits = ("model.ts.pt", f"model{'.half' * half}.onnx"), (1e-4, 0.04 if half else 1e-4)
+    for name, error, most in zip(names, errors, limits):
+        require(error <= most, f"{name} differs from PyTorch by {error:.2g}, more than {most:g}: not kept")
+    for name, error, content in zip(names, errors, (script, onnx)):
+        with replacing(out / name) as file:
+            file.write(content)
+        print(f"{out / name}: {len(content) / 1e6:.1f} MB, largest error against PyTorch {error:.1e}")
 
 
 # ---- Images on disk, as training and restoring read them: numpy and Pillow only ---------------------------
@@ -243,10 +214,9 @@ def find_images(folder: Path, arrays: bool = False, ignore: Path | None = None) 
     folders `runs` and the folder `ignore` are left out; a linked folder is followed once."""
     from PIL import Image
 
-    Image.init()
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    suffixes |= {".npy"} if arrays else set()
-    found, seen = [], {os.path.realpath(ignore)} if ignore else set()
+    suffixes = [suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN]
+    suffixes += [".npy"] * arrays
+    found, seen = [], {ignore and os.path.realpath(ignore)}
     for root, folders, names in os.walk(folder, followlinks=True):
         new = os.path.realpath(root) not in seen
         seen.add(os.path.realpath(root))
@@ -269,36 +239,32 @@ def find_mask(path: Path, folder: str | Path, masks: str | Path) -> Path:
 def names_in(folder: Path, changed: int) -> dict[str, list[Path]]:
     """The files of a folder by their names without ending."""
     found = {}
-    for file in folder.glob("*") if changed else ():
-        if file.name[0] != ".":
-            found.setdefault(file.stem, []).append(file)
+    for file in folder.glob("[!.]*"):
+        found.setdefault(file.stem, []).append(file)
     return found
 
 
-def read_image(
-    path: Path, channels: int, mask=None, alpha: bool = True, resize=None, raw: bool = False
-) -> Picture:
+def read_image(path: Path, channels: int, mask=None, alpha=True, resize=None, raw=False) -> Picture:
     """An image or .npy file. Pixels are missing where it is transparent (if `alpha`) or NaN, and where `mask`
     (H, W) is False. resize: a function of a Pillow image. raw: leave values of 8 bits as bytes. Raises
     ExportError for what cannot be read without a doubt."""
-    try:
+    with explained(f"{path} cannot be read as an image"):
         require(path.is_file(), "it is not a regular file")
-        if path.suffix.lower() == ".npy":
-            values = np.atleast_3d(np.load(path, allow_pickle=False))
-            require(values.ndim == 3 and values.shape[2] == channels, f"it is an array {values.shape}")
-            picture = floating(values.astype(np.float32))
-        else:
-            picture = read_pixels(path, channels, alpha, resize)
+        picture = read_pixels(path, channels, alpha, resize)
+        if picture.levels == 1:
+            values, m = picture.y, np.isfinite(picture.y).all(2, keepdims=True)
+            ok = ((values >= 0) & (values <= 1) | ~m).all()
+            require(ok, "floating-point numbers must be from 0 to 1, or NaN where a pixel is missing")
+            picture.y = np.concatenate([np.where(m, 4 * values - 2, 0), m], 2, dtype=np.float32)
+        y = picture.y = picture.y.transpose(2, 0, 1)
         if mask is not None:
-            (H, W), (h, w) = picture.y.shape[1:], mask.shape
+            (H, W), (h, w) = y.shape[1:], mask.shape
             require((H, W) == (h, w), f"its mask has {w}x{h} pixels, not {W}x{H}")
-            picture.y *= mask
-        if picture.y.dtype == np.uint8 and not raw:
-            m = picture.y[-1:]
-            picture.y = np.concatenate([m * (np.float32(4 / 255) * picture.y[:-1] - 2), m], dtype=np.float32)
-    except Exception as error:  # Pillow and numpy raise many classes
-        raise ExportError(f"{path} cannot be read as an image: {error}") from error
-    return picture
+            y *= mask
+        if picture.levels == 255 and not raw:
+            m = y[-1:]
+            picture.y = np.concatenate([m * (np.float32(4 / 255) * y[:-1] - 2), m], dtype=np.float32)
+        return picture
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -309,15 +275,6 @@ def image_size(path: Path) -> tuple[int, int]:
         return np.load(path, mmap_mode="r").shape[:2]
     with Image.open(path) as image:
         return image.size
-
-
-def floating(values: np.ndarray) -> Picture:
-    """Of numbers (H, W, C) from 0 to 1, NaN where a pixel is missing."""
-    observed = np.isfinite(values).all(2, keepdims=True)
-    ok = ((values >= 0) & (values <= 1) | ~observed).all()
-    require(ok, "floating-point numbers must be from 0 to 1, or NaN where a pixel is missing")
-    y = np.concatenate([np.where(observed, 4 * values - 2, 0), observed], 2, dtype=np.float32)
-    return Picture(y.transpose(2, 0, 1), 1, values.shape[2] == 1, ".npy")
 
 
 def open_image(path: Path):
@@ -337,57 +294,53 @@ def open_image(path: Path):
 
 
 def read_pixels(path: Path, channels: int, alpha: bool, resize) -> Picture:
-    """An image file, see `read_image`."""
+    """See `read_image`. Here y is (H, W, C + 1), or in floating point the numbers of the file, (H, W, C)."""
+    if path.suffix.lower() == ".npy":
+        values = np.atleast_3d(np.load(path, allow_pickle=False)).astype(np.float32)
+        require(values.ndim == 3 and values.shape[2] == channels, f"it is an array {values.shape}")
+        return Picture(values, 1, channels == 1, ".npy")
     image = open_image(path)
     extra = {name: image.info[name] for name in ("icc_profile", "dpi", "exif") if image.info.get(name)}
     extra.pop("icc_profile" if image.mode == "CMYK" else "", None)  # what is written is RGB
-    grey, transparent = channels == 1 or image.mode[0] in "1LIF", image.info.get("transparency")
-    if image.mode == "F":
-        values = np.asarray(resize(image) if resize else image, np.float32)
-        picture = floating(np.stack([values] * channels, 2))
-        picture.suffix = ".tif"
-    elif image.mode[0] == "I":
-        values = np.asarray(resize(image) if resize else image).astype(np.int64)[None]
-        m = values != transparent if alpha and isinstance(transparent, int) else np.ones_like(values, bool)
-        y = np.concatenate([m * (4 / 65535 * values - 2)] * channels + [m])
-        picture = Picture(y.astype(np.float32), 65535)
-    else:
+    like = dict(grey=channels == 1 or image.mode[0] in "1LIF", extra=extra)
+    if image.mode[0] not in "FI":
         image = image.convert("RGBA")  # what is transparent by a palette or a colour, too
         image = image.convert("LA") if channels == 1 else image
-        values = np.asarray(resize(image) if resize else image).transpose(2, 0, 1)
-        m = values[-1:] == 255 if alpha else np.ones_like(values[-1:], bool)
-        picture = Picture(np.concatenate([values[:-1], m]), 255)
-        picture.soft = float((~m & (values[-1:] > 0)).mean())  # a soft edge: the colour there is a mixture
-    picture.grey, picture.extra = grey, extra
-    return picture
+    values = np.atleast_3d(np.asarray(resize(image) if resize else image))
+    if image.mode == "F":
+        return Picture(values.repeat(channels, 2), 1, suffix=".tif", **like)
+    if image.mode[0] == "I":
+        transparent = image.info.get("transparency")
+        m = values != transparent if alpha and isinstance(transparent, int) else np.ones_like(values, bool)
+        y = np.concatenate([m * (4 / 65535 * values - 2)] * channels + [m], 2, dtype=np.float32)
+        return Picture(y, 65535, **like)
+    values, a = values[..., :-1], values[..., -1:]
+    m = a == 255 if alpha else np.ones_like(a, bool)
+    soft = float((~m & (a > 0)).mean())  # a soft edge: the colour there is a mixture
+    return Picture(np.concatenate([values, m], 2), 255, soft=soft, **like)
 
 
 def summary(pictures: list[Picture]) -> str:
     """What was read, in words."""
     depths = {1: "floating-point", 255: "8 bits", 65535: "16 bits"}
     kinds = [depths[n] for n in sorted({picture.levels for picture in pictures})]
-    kinds += [
-        name for name, grey in (("colour", False), ("grey", True)) if any(p.grey is grey for p in pictures)
-    ]
+    kinds += ["grey" if grey else "colour" for grey in sorted({picture.grey for picture in pictures})]
     soft = sum(picture.soft for picture in pictures) / len(pictures)
     kinds += [f"{soft:.2%} half transparent, taken as missing"] if soft else []
     return f"{len(pictures)} images read ({', '.join(kinds)})"
 
 
 def read_mask(path: Path, invert: bool = False) -> np.ndarray:
-    """(H, W), False where a pixel is missing: black, or white if `invert`. Raises ExportError where that is
-    unclear."""
-    try:
+    """(H, W), False where a pixel is missing: black, or white if `invert`. Raises ExportError if unclear."""
+    with explained(f"{path} cannot be read as a mask"):
         image = open_image(path)
         require(not image.has_transparency_data, "a mask must not be transparent: save it in black and white")
-        values = np.asarray(image if image.mode[0] in "FI" else image.convert("RGB"), np.float32)
-        grey = values.ndim == 2 or np.ptp(values, 2).max() < 32
-        values = values if values.ndim == 2 else values.mean(2)
-        top = values.max() if values.max() <= 1 or image.mode[0] in "FI" else 255
+        image = image if image.mode[0] in "FI" else image.convert("RGB")
+        values = np.atleast_3d(np.asarray(image, np.float32))
+        grey, values = np.ptp(values, 2).max() < 32, values.mean(2)
+        top = 255 if image.mode == "RGB" and values.max() > 1 else values.max()
         middle = ((values > top / 4) & (values < top * 3 / 4)).mean()
         require(grey and middle < 0.05, "a mask must be black where a pixel is missing and white elsewhere")
-    except Exception as error:  # Pillow and numpy raise many classes
-        raise ExportError(f"{path} cannot be read as a mask: {error}") from error
     return (values > top / 2) != invert
 
 
@@ -424,35 +377,38 @@ def sampler(method: str, steps: int, sigma_min: float, sigma_max: float) -> np.n
     return np.stack([sigma_t, a, 1 - a - c, c, d], 1)
 
 
-def missing_cuda() -> str:
-    """Which part of CUDA is missing, as far as can be told before a session is made; "" if none."""
+def cuda_session(session_of):
+    """onnxruntime's session on CUDA. Raises ExportError with the part of CUDA that is missing."""
     import onnxruntime
 
     driver = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-    try:
+    with explained(f"there is no NVIDIA driver ({driver})"):
         ctypes.CDLL(driver)
-    except OSError:
-        return f"there is no NVIDIA driver ({driver})"
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        return "this onnxruntime was built without CUDA: pip install onnxruntime-gpu"
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
+    built = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+    require(built, "this onnxruntime was built without CUDA: pip install onnxruntime-gpu")
+    # EXHAUSTIVE, the default, would search anew for the last, smaller batch
+    cuda = ("CUDAExecutionProvider", dict(cudnn_conv_algo_search="HEURISTIC"))
+    # preload_dlls prints what it does not find
+    with explained("CUDA does not start"), contextlib.redirect_stdout(io.StringIO()):
         onnxruntime.preload_dlls()
-    return ""
+        session = session_of(providers=[cuda, "CPUExecutionProvider"], enable_fallback=0)
+    loaded = session.get_providers()[0] == "CUDAExecutionProvider"
+    require(loaded, "CUDA or cuDNN do not load: pip install onnxruntime-gpu[cuda,cudnn]")
+    return session
 
 
 class Restorer:
-    """A model.onnx, to sample x0 ~ q(x0 | y) with. Raises ExportError if the file is anything else, or
-    damaged.
+    """A model.onnx, or its content, to sample x0 ~ q(x0 | y) with. Raises ExportError if it is anything else.
 
     device: cuda, cpu, or auto for the first of the two that works. threads: of the CPU, by default all.
     Attributes: `device`; `no_cuda`, why it is not cuda; `metadata`, what was recorded at the export.
     """
 
-    def __init__(self, path: str | Path, device: str = "auto", threads: int = 0):
+    def __init__(self, path: str | Path | bytes, device: str = "auto", threads: int = 0):
         import onnxruntime
 
         require(device in ("auto", "cuda", "cpu"), f"unknown device {device}: auto, cuda or cpu")
-        content = Path(path).read_bytes()
+        content = path if isinstance(path, bytes) else Path(path).read_bytes()
         found = SHA256.search(content) is not None
         require(found, f"{path} is not a model written by export.py, or not a whole one")
         require(sealed(content) == content, f"{path} is damaged: its sha256 is not the one recorded in it")
@@ -460,29 +416,20 @@ class Restorer:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads or cores
         onnxruntime.set_default_logger_severity(4)  # what matters of its warnings is said here
-
-        def session(*providers):
-            return onnxruntime.InferenceSession(content, options, providers=providers, enable_fallback=0)
-
-        self.no_cuda = "not asked for" if device == "cpu" else missing_cuda()
-        if not self.no_cuda:
-            try:
-                # EXHAUSTIVE, the default, would search anew for the last, smaller batch
-                cuda = ("CUDAExecutionProvider", dict(cudnn_conv_algo_search="HEURISTIC"))
-                self.session = session(cuda, "CPUExecutionProvider")
-                if self.session.get_providers()[0] != "CUDAExecutionProvider":
-                    self.no_cuda = "CUDA or cuDNN do not load: pip install onnxruntime-gpu[cuda,cudnn]"
-            except Exception as error:  # onnxruntime has classes of its own
-                self.no_cuda = f"CUDA does not start ({' '.join(str(error).split())})"
-        require(device != "cuda" or not self.no_cuda, f"cannot run on CUDA: {self.no_cuda}")
-        self.device = "cpu" if self.no_cuda else "cuda"
+        session_of = functools.partial(onnxruntime.InferenceSession, content, options)
+        self.device, self.no_cuda = "cpu", "not asked for"
         try:
-            if self.no_cuda:
-                self.session = session("CPUExecutionProvider")
+            if device != "cpu":
+                self.session = cuda_session(session_of)
+                self.device, self.no_cuda = "cuda", ""
+        except ExportError as error:
+            require(device != "cuda", f"cannot run on CUDA: {error}")
+            self.no_cuda = str(error)
+        with explained(f"{path} cannot be loaded"):
+            if self.device == "cpu":
+                self.session = session_of(providers=["CPUExecutionProvider"])
             metadata = self.session.get_modelmeta().custom_metadata_map
             meta = self.metadata = {key: json.loads(v) for key, v in metadata.items() if key != "sha256"}
-        except Exception as error:  # onnxruntime has classes of its own
-            raise ExportError(f"{path} cannot be loaded: {' '.join(str(error).split())[:200]}") from error
         version = meta.get("format")
         require(version == FORMAT, f"{path} has format {version}, this export.py reads format {FORMAT}")
         wrong = [name for name, kind in METADATA.items() if not isinstance(meta.get(name), kind)]
@@ -496,27 +443,23 @@ class Restorer:
 
         The last channel of y is 1 where a pixel is observed; where it is 0, so is the rest. steps, method: 0
         and "" for those of the export. Row i has the noise of default_rng((seed, i)), whatever the batch.
-        Raises ExportError if y is not finite, or of a size or with missing pixels that the model cannot take.
+        Raises ExportError if the model cannot take y.
         """
         return self.sample(y, steps, method, [(seed, i) for i in range(len(y))])
 
-    def sample(
-        self, y: np.ndarray, steps: int, method: str, seeds: list, exact: float = 2 / 255
-    ) -> np.ndarray:
+    def sample(self, y: np.ndarray, steps: int, method: str, seeds: list, exact=2 / 255) -> np.ndarray:
         """As `__call__`, with a seed for each row. Observed pixels are kept if the noise is below `exact`."""
         meta, y = self.metadata, np.asarray(y, np.float32)
-        C, multiple = meta["channels"], meta["multiple"]
+        C, least = meta["channels"], meta["multiple"]
         ok = y.ndim == 4 and y.shape[1] == C + 1 and len(y) > 0
         require(ok, f"observations must be (N, {C + 1}, H, W), not {y.shape}")
-        H, W = y.shape[-2:]
-        require(bool(np.isfinite(y).all()), "the observations have values that are not finite")
-        m = y[:, -1:]
-        require(bool(((m == 0) | (m == 1)).all()), "the last channel of the observations must be 0 or 1")
-        require(bool((y * (1 - m) == 0).all()), "where the last channel of y is 0, the others must be 0 too")
+        (H, W), m = y.shape[2:], y[:, -1:]
+        require(np.isfinite(y).all(), "the observations have values that are not finite")
+        require(np.isin(m, (0, 1)).all(), "the last channel of the observations must be 0 or 1")
+        require((y == y * m).all(), "where the last channel of y is 0, the others must be 0 too")
         if meta["masks"]:  # what is added was not observed, and is cut off in the end
-            y = np.pad(y, ((0, 0), (0, 0), (0, -H % multiple), (0, -W % multiple)))
-        small = f"{H}x{W} pixels: the model takes {multiple}x{multiple} or more"
-        require(min(y.shape[-2:]) >= multiple, small)
+            y = np.pad(y, ((0, 0), (0, 0), (0, -H % least), (0, -W % least)))
+        require(min(y.shape[2:]) >= least, f"{H}x{W} pixels: the model takes {least}x{least} or more")
         steps, method = steps or meta["steps"], method or meta["method"]
         table = sampler(method, steps, meta["sigma_min"], meta["sigma_max"])
         batch, parts, done = max(1, PIXELS[self.device] // (H * W)), [], 0
@@ -530,47 +473,39 @@ class Restorer:
                 require(batch > 1, f"{H}x{W} pixels are too many for the memory of this machine")
                 batch //= 2
         x = np.concatenate(parts)[..., :H, :W]
-        require(bool(np.isfinite(x).all()), "the model gave values that are not finite")
+        require(np.isfinite(x).all(), "the model gave values that are not finite")
         return np.where(m == 1, y[:, :-1, :H, :W], x) if meta["masked_noise"] < exact else x
 
     def _loop(self, y: np.ndarray, table: np.ndarray, seeds: list) -> np.ndarray:
-        """All steps of one batch. The noise comes from numpy, since that of a graph cannot be seeded."""
+        """All steps of one batch, with the noise from numpy, since that of a graph cannot be seeded. A large
+        image is denoised by overlapping tiles, whose weights fall to 0 near an edge that is not the image's.
+        """
         generators = [np.random.default_rng(seed) for seed in seeds]
-        shape = (y.shape[1] - 1, *y.shape[2:])
+        (N, C, H, W), grid = y.shape, self.metadata["grid"]
+        parts = list(itertools.product(tiles(H, grid), tiles(W, grid)))
 
         def draw() -> np.ndarray:
-            return np.stack([generator.standard_normal(shape, np.float32) for generator in generators])
+            return np.stack([g.standard_normal((C - 1, H, W), np.float32) for g in generators])
 
         xt = np.float32(table[0, 0]) * draw()
-        x0 = noise = np.zeros_like(xt)
+        x0 = np.zeros_like(xt)
         for sigma, a, b, c, d in table.astype(np.float32):
-            noise, previous, x0 = draw() if d else noise, x0, self._denoise(xt, sigma, y)
-            xt = a * xt + b * x0 + c * previous + d * noise
+            level = dict(sigma=np.full(N, sigma), coefficients=np.zeros(4, np.float32))
+            previous, x0, total = x0, np.zeros_like(xt), np.zeros((H, W), np.float32)
+            for (rows, row), (columns, column) in parts:
+                part, weight = xt[..., rows, columns], row[:, None] * column
+                inputs = level | dict(xt=part, y=y[..., rows, columns], x0_previous=part, noise=part)
+                x0[..., rows, columns] += weight * self.session.run(["x0"], inputs)[0]
+                total[rows, columns] += weight
+            x0 /= total
+            xt = a * xt + b * x0 + c * previous + (d * draw() if d else 0)
         return xt
-
-    def _denoise(self, xt: np.ndarray, sigma: np.float32, y: np.ndarray) -> np.ndarray:
-        """x0, by overlapping tiles if the image is large: their weights fall to 0 near an edge that is not
-        the image's."""
-        total, weights = np.zeros_like(xt), np.zeros(xt.shape[-2:], np.float32)
-        none = dict(coefficients=np.zeros(4, np.float32), sigma=np.full(len(y), sigma))
-        grid = self.metadata["grid"]
-        for rows, row in tiles(xt.shape[-2], grid):
-            for columns, column in tiles(xt.shape[-1], grid):
-                part = np.ascontiguousarray(xt[..., rows, columns])
-                inputs = none | dict(xt=part, y=np.ascontiguousarray(y[..., rows, columns]))
-                (x0,) = self.session.run(["x0"], inputs | dict(x0_previous=part, noise=part))
-                weight = row[:, None] * column
-                total[..., rows, columns] += weight * x0
-                weights[rows, columns] += weight
-        return total / weights
 
 
 def tiles(n: int, grid: int = 16) -> list[tuple[slice, np.ndarray]]:
-    """Parts of a side of n pixels, about TILE long, that begin at multiples of `grid`, with the weights of
-    their pixels."""
+    """Parts of a side of n pixels, about TILE long from multiples of `grid` on, with weights of pixels."""
     number = max(1, -(-(n - OVERLAP) // (TILE - OVERLAP)))
     first = [grid * round(i * (n - TILE) / max(1, number - 1) / grid) for i in range(number)]
-    first = first if number > 1 else [0]
     last = [start + TILE for start in first[:-1]] + [n]
     parts = []
     for i, (start, stop) in enumerate(zip(first, last)):
@@ -593,10 +528,9 @@ def write_images(target: Path, x: np.ndarray, like: Picture) -> None:
     for name, picture in pictures.items():
         values = like.levels * ((picture + 2) / 4).clip(0, 1).transpose(1, 2, 0)  # (H, W, C)
         values = values.mean(2) if like.grey or values.shape[2] == 1 else values
-        path = Path(f"{target}_{name}{like.suffix}")
         kind = {1: "float32", 255: "uint8", 65535: "uint16"}[like.levels]
         values = (values if like.levels == 1 else np.round(values)).astype(kind)
-        with replacing(path) as file:
+        with replacing(Path(f"{target}_{name}{like.suffix}")) as file:
             if like.suffix == ".npy":
                 np.save(file, values)
             else:
@@ -605,8 +539,7 @@ def write_images(target: Path, x: np.ndarray, like: Picture) -> None:
 
 
 def targets(inputs: list[str], out: Path) -> dict[Path, tuple[Path, Path]]:
-    """The image files among the inputs and in folders among them, with the folder of each, by the path of its
-    results without ending."""
+    """The image files of the inputs, with the folder of each, by the path of its results without ending."""
     found = {}
     for given in map(Path, inputs):
         require(given.exists(), f"no file or folder {given}")
@@ -620,74 +553,60 @@ def targets(inputs: list[str], out: Path) -> dict[Path, tuple[Path, Path]]:
     return found
 
 
-def observation(path: Path, folder: Path, metadata: dict, options: argparse.Namespace) -> Picture:
-    """An image file as the model takes it."""
-    mask, corruption = options.masks and Path(options.masks), metadata["corruption"]
-    mask = find_mask(path, folder, mask) if mask and mask.is_dir() else mask
-    mask = read_mask(mask, options.invert_masks) if mask else None
-    picture = read_image(path, metadata["channels"], mask)
-    ok = metadata["masks"] or picture.y[-1].all()
-    require(ok, f"{path}: no pixels may be missing where the corruption is {corruption}")
-    (H, W), least = picture.y.shape[1:], metadata["multiple"]
+def observations(files: dict, metadata: dict, options: argparse.Namespace, bad: list):
+    """Each target with its picture, as the model takes it. What cannot be read goes to `bad`."""
+    corruption, least, masks = metadata["corruption"], metadata["multiple"], Path(options.masks or "")
     factor = metadata["parameters"]["factor"] if corruption == "downsample" else 1
-    small = f"{path} has {H}x{W} pixels: the model takes {least}x{least} or more"
-    require(metadata["masks"] or min(H, W) * factor >= least, small)
-    picture.y = picture.y.repeat(factor, 1).repeat(factor, 2)  # y has the size of x
-    return picture
-
-
-def grouped(files: dict, restorer: Restorer, options: argparse.Namespace, bad: list):
-    """The pictures by target, in groups of one size and depth, that are sampled together. What cannot be read
-    goes to `bad`."""
-    group = {}
-    for target, (file, folder) in files.items():
+    for target, (path, folder) in files.items():
         try:
-            picture = observation(file, folder, restorer.metadata, options)
+            mask = None
+            if options.masks:
+                mask = find_mask(path, folder, masks) if masks.is_dir() else masks
+                mask = read_mask(mask, options.invert_masks)
+            picture = read_image(path, metadata["channels"], mask)
+            whole = metadata["masks"] or picture.y[-1].all()
+            require(whole, f"{path}: no pixels may be missing where the corruption is {corruption}")
+            H, W = picture.y.shape[1:]
+            ok = metadata["masks"] or min(H, W) * factor >= least
+            require(ok, f"{path} has {H}x{W} pixels: the model takes {least}x{least} or more")
+            picture.y = picture.y.repeat(factor, 1).repeat(factor, 2)  # y has the size of x
+            yield target, picture
         except ExportError as error:
             bad.append(str(error))
-            continue
-        last = next(iter(group.values()), picture)
-        full = len(group) * options.samples * picture.y[0].size > PIXELS[restorer.device]
-        if group and (full or last.y.shape != picture.y.shape or last.levels != picture.levels):
-            yield group
-            group = {}
-        group[target] = picture
-    if group:
-        yield group
 
 
 def restore(options: argparse.Namespace) -> None:
     """Restores image files. The result for an image does not depend on the others. Those that cannot be read
-    are named in the end, and raise ExportError unless they may be skipped; the others are restored all the
-    same."""
+    are named in the end, and raise ExportError unless they may be skipped."""
     restorer, out, samples = Restorer(options.model, options.device), Path(options.out), options.samples
     meta, bad, done, full_views = restorer.metadata, [], 0, 0
     steps, method = options.steps or meta["steps"], options.method or meta["method"]
     sampler(method, steps, 1, 2)  # raises if there is no such method or number
-    ok = 1 <= samples <= 1000 and options.seed >= 0
-    require(ok, "--samples must be from 1 to 1000, --seed at least 0")
+    require(1 <= samples <= 1000 and options.seed >= 0, "--samples must be from 1 to 1000, --seed at least 0")
     files = targets(options.inputs, out)
     out.mkdir(parents=True, exist_ok=True)
     if options.device == "auto" and restorer.no_cuda:
         print(f"on the CPU: {restorer.no_cuda}", file=sys.stderr)
-    seeds = [(options.seed, i) for i in range(samples)]
-    for group in grouped(files, restorer, options, bad):
-        pictures = list(group.values())
-        y, exact = np.stack([picture.y for picture in pictures]), 2 / pictures[0].levels
-        x = restorer.sample(np.repeat(y, samples, 0), steps, method, seeds * len(y), exact)
-        for target, picture, images in zip(group, pictures, x.reshape(len(y), samples, *x.shape[1:])):
-            write_images(target, images, picture)
-        done += len(group)
-        full_views += sum(bool(meta["masks"] and picture.y[-1].all()) for picture in pictures)
-        if sys.stderr.isatty():
-            print(f"\r{done} of {len(files)} ", end="", file=sys.stderr, flush=True)
+    seeds, pictures = [(options.seed, i) for i in range(samples)], observations(files, meta, options, bad)
+    # Pictures of one size and depth are sampled together
+    for (shape, levels), same in itertools.groupby(pictures, lambda item: (item[1].y.shape, item[1].levels)):
+        most = PIXELS[restorer.device] // (samples * shape[1] * shape[2]) + 1
+        while group := list(itertools.islice(same, most)):
+            y = np.stack([picture.y for _, picture in group])
+            x = restorer.sample(np.repeat(y, samples, 0), steps, method, seeds * len(y), 2 / levels)
+            for (target, picture), images in zip(group, np.split(x, len(y))):
+                write_images(target, images, picture)
+                full_views += bool(meta["masks"] and picture.y[-1].all())
+            done += len(group)
+            if sys.stderr.isatty():
+                print(f"\r{done} of {len(files)} ", end="", file=sys.stderr, flush=True)
     if full_views:
-        number = f"{full_views} of {len(files)} images"
-        print(f"no pixel is missing in {number}: alpha, NaN or --masks?", file=sys.stderr)
+        where = f"{full_views} of {len(files)} images"
+        print(f"no pixel is missing in {where}: alpha, NaN or --masks?", file=sys.stderr)
     print(f"{out}: {done} restored, {samples} samples each, by {steps} steps of {method}")
-    more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
-    message = f"{(bad or [''])[0]}{more}; --skip-bad-images leaves them out"
-    require(options.skip_bad_images or not bad, message)
+    if bad and not options.skip_bad_images:
+        more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise ExportError(f"{bad[0]}{more}; --skip-bad-images leaves them out")
 
 
 # ---- Command line -----------------------------------------------------------------------------------------
@@ -697,33 +616,31 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise ExportError(message)
 
-    def flag(self, *names: str, help: str, **kind) -> None:
-        default = f" (default: {kind['default']})" if kind.get("default") else ""
-        self.add_argument(*names, help=help + default, **kind)
 
-
-def parse(argv: list[str]) -> argparse.Namespace:
+def run(argv: list[str]) -> None:
     if argv[:1] == ["restore"]:
         parser = Parser(prog="export.py restore", description="Restore images with an exported model.")
-        parser.flag("model", help="a model.onnx")
-        parser.flag("inputs", nargs="+", help="images, or folders of them; missing pixels are transparent")
-        parser.flag("-o", "--out", default="restored", help="folder for the results")
-        parser.flag("--masks", help="image, black where a pixel is missing, or folder with the inputs' names")
-        parser.flag("--invert-masks", action="store_true", help="masks are white where a pixel is missing")
-        parser.flag("--skip-bad-images", action="store_true", help="no error for images that cannot be read")
-        parser.flag("--steps", type=int, default=0, help="evaluations of the network (default: as trained)")
-        parser.flag("--method", default="", help=f"{', '.join(METHODS)} (default: as trained)")
-        parser.flag("--samples", type=int, default=4, help="posterior samples of each image")
-        parser.flag("--seed", type=int, default=0, help="of the noise (default: 0)")
-        parser.flag("--device", default="auto", help="auto, cuda or cpu")
-        return parser.parse_args(argv[1:])
+        flag = parser.add_argument
+        flag("model", help="a model.onnx")
+        flag("inputs", nargs="+", help="images, or folders of them; missing pixels are transparent")
+        flag("-o", "--out", default="restored", help="folder for the results (default: %(default)s)")
+        flag("--masks", help="image, black where a pixel is missing, or folder with the inputs' names")
+        flag("--invert-masks", action="store_true", help="masks are white where a pixel is missing")
+        flag("--skip-bad-images", action="store_true", help="no error for images that cannot be read")
+        flag("--steps", type=int, default=0, help="evaluations of the network (default: as trained)")
+        flag("--method", default="", help=f"{', '.join(METHODS)} (default: as trained)")
+        flag("--samples", type=int, default=4, help="posterior samples of each image (default: %(default)s)")
+        flag("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+        flag("--device", default="auto", help="auto, cuda or cpu (default: %(default)s)")
+        return restore(parser.parse_args(argv[1:]))
     parser = Parser(description="Freeze a trained model to TorchScript and ONNX.")
     parser.epilog = "python export.py restore --help explains how to use the ONNX file."
-    parser.flag("folder", metavar="runs/NAME", help="a run of diffem.py")
-    parser.flag("-o", "--out", help="folder for the files (default: that of the run)")
-    parser.flag("--half", action="store_true", help="write model.half.onnx, its network in float16")
-    parser.flag("--best", action="store_true", help="the lap with the best energy score, not the last")
-    return parser.parse_args(argv)
+    flag = parser.add_argument
+    flag("folder", metavar="runs/NAME", help="a run of diffem.py")
+    flag("-o", "--out", help="folder for the files (default: that of the run)")
+    flag("--half", action="store_true", help="write model.half.onnx, its network in float16")
+    flag("--best", action="store_true", help="the lap with the best energy score, not the last")
+    export(**vars(parser.parse_args(argv)))
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -763,13 +680,7 @@ def exit_code(program, name: str, *errors: type[Exception]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line. Returns the exit code, 2 after an error that the user can mend."""
-    argv = sys.argv[1:] if argv is None else argv
-
-    def program():
-        options = parse(argv)
-        restore(options) if argv[0] == "restore" else export(**vars(options))
-
-    return exit_code(program, "export")
+    return exit_code(lambda: run(sys.argv[1:] if argv is None else argv), "export")
 
 
 if __name__ == "__main__":
