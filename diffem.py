@@ -40,7 +40,7 @@ import signal
 import sys
 import time
 import zipfile
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -49,6 +49,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -100,12 +101,12 @@ def ranks() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def any_rank(*conditions: bool) -> list[bool]:
-    """Is each true in any of the processes? All must call it together."""
-    votes = torch.tensor(conditions).int()
+def any_rank(condition: bool) -> bool:
+    """Is it true in any of the processes? All must call it together."""
+    votes = torch.tensor(int(condition))
     if ranks()[1] > 1:
         dist.all_reduce(votes)
-    return [vote > 0 for vote in votes.tolist()]
+    return bool(votes)
 
 
 # ---- Settings of the method -------------------------------------------------------------------------------
@@ -1084,7 +1085,7 @@ def e_step(state: State, y: Tensor, config: Config, generator: torch.Generator) 
     except RuntimeError as error:  # PyTorch has a class of its own for a GPU's memory only
         if state.sample_batch == 1 or not export.out_of_memory(error):
             raise
-    if any_rank(x0 is None)[0]:
+    if any_rank(x0 is None):
         state.sample_batch = min(state.sample_batch, len(y[now])) // 2
         return
     state.x0[now] = 0
@@ -1094,7 +1095,7 @@ def e_step(state: State, y: Tensor, config: Config, generator: torch.Generator) 
     state.drawn += len(y[now])
 
 
-# ---- Settings of a run, presets of the data sets -----------------------------------------------------------
+# ---- Settings of a run, presets of the data sets, command line --------------------------------------------
 
 SMALL = dict(channels=(16, 32, 64), blocks=2, steps=1000, ema=0.995, laps=8, sample_batch=256)
 SMALL |= dict(start_rank=64, start_laps=16)
@@ -1162,6 +1163,59 @@ class Settings(Config):
             require(ok, f"--{name.replace('_', '-')} is for --dataset {' or '.join(names)}")
 
 
+def parameters_of(corruption: type[Corruption]) -> dict:
+    """The arguments of a corruption with their defaults."""
+    arguments = [p for p in inspect.signature(corruption).parameters.values() if p.kind != p.VAR_KEYWORD]
+    odd = [p.name for p in arguments if p.default is p.empty or p.name in Settings.__dataclass_fields__]
+    require(not odd, f"{corruption.__name__}: {odd} need defaults, and names that are not those of settings")
+    return {p.name: p.default for p in arguments}
+
+
+def make_parser(defaults: dict, parameters: dict) -> export.Parser:
+    """A flag for each setting and parameter of the corruption. Flags not given are absent from the result."""
+    parser = export.Parser(allow_abbrev=False, add_help=bool(defaults))
+    parser.description = __doc__.partition("\n")[0]
+    parser.epilog = "presets: " + ", ".join(" ".join(key) for key in PRESETS)
+    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110)
+    flags = {f.name: (f.default, f.metadata["help"]) for f in fields(Settings) if f.metadata}
+    text = f"of --corruption {defaults.get('corruption')}"
+    flags |= {name: (value, text) for name, value in parameters.items()}
+    for name, (default, text) in flags.items():
+        kind = dict(type=int, nargs="*") if isinstance(default, tuple) else dict(type=type(default))
+        kind = dict(action=argparse.BooleanOptionalAction) if isinstance(default, bool) else kind
+        value = defaults.get(name, default)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        kind |= dict(help=f"{text} (default: {shown})", default=argparse.SUPPRESS)
+        parser.add_argument("--" + name.replace("_", "-"), **kind)
+    return parser
+
+
+def parse(argv: list[str], given: dict, saved: dict) -> Settings:
+    """Flags, over those saved of the run to resume, over the data set's preset, over the defaults. given: the
+    flags that need no corruption."""
+    values = saved | given
+    values.setdefault("dataset", "observations" if given.get("observations") else "digits")
+    cuda = torch.cuda.is_available() and values.get("device") != "cpu"
+    paper = cuda and (values["dataset"], "published") in PRESETS
+    key = values["dataset"], values.setdefault("preset", "published" if paper else "small")
+    name = values.setdefault("corruption", "mask")
+    require(key in PRESETS, f"there is no data set {key[0]!r} with preset {key[1]!r}: --help lists them")
+    require(name in CORRUPTIONS, f"unknown corruption {name!r}: {', '.join(CORRUPTIONS)}")
+    values = preset(*key, CORRUPTIONS[name], values)
+    parameters = parameters_of(CORRUPTIONS[name])
+    parameters |= {k: v for k, v in values.get("parameters", {}).items() if k in parameters}
+    flags = vars(make_parser(values, parameters).parse_args(argv))
+    flags = {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
+    own = {k: flags.pop(k) for k in parameters if k in flags}
+    if name == "jpeg" and given.get("observations") and not saved and "quality" not in own:
+        own = export.jpeg_tables(image_files(Settings(**values | flags))) | own
+    settings = Settings(**values | flags | dict(parameters=parameters | own))
+    now, free = asdict(settings), ("laps", "data_dir", "observations", "masks", "resume", "device")
+    changed = [k for k in saved if k not in free and now[k] != saved[k]]
+    require(not changed, f"{settings.resume} was made with other values of {', '.join(changed)}")
+    return settings
+
+
 # ---- Data -------------------------------------------------------------------------------------------------
 
 
@@ -1179,8 +1233,22 @@ class Data:
 def observe(settings: Settings) -> Data:
     """The observations of a data set. Clean images are corrupted here, once, and not used elsewhere."""
     train, test = load_images(settings)
+    kind, generator = CORRUPTIONS[settings.corruption], generator_for("cpu", settings.seed, 0, 0)
     C, H, W = train.shape[1] - bool(settings.observations), *train.shape[2:]
-    corruption, generator = new_corruption(settings, [C, H, W]), generator_for("cpu", settings.seed, 0, 0)
+    try:
+        corruption = kind(**settings.parameters).to("cpu")
+        if kind.__module__ != __name__:  # your own is tried on two images
+            trial = generator_for("cpu", settings.seed, 0, 0)
+            y = corruption(4 * torch.rand(2, C, H, W, generator=trial) - 2, trial)
+            given = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            expected = f"a tensor {(2, C + 1, H, W)}, the mask last"
+            require(given == (2, C + 1, H, W), f"it gives {given} in place of {expected}")
+            check_observations(y)
+    except (Exception, SystemExit) as error:
+        if kind.__module__ == __name__:
+            raise
+        file = getattr(sys.modules[kind.__module__], "__file__", "this session")
+        raise DiffEMError(f"{file}, {kind.__name__}: {type(error).__name__}: {error}") from error
     if not settings.observations:
         return Data(corruption, corruption(train, generator), corruption(test, generator), values(test))
     if isinstance(corruption, Downsample):
@@ -1192,44 +1260,23 @@ def observe(settings: Settings) -> Data:
     return Data(corruption, train, observed(test, test.device), None)
 
 
-def new_corruption(settings: Settings, shape: list[int]) -> Corruption:
-    """That of the settings. Your own is tried on two images of a shape (C, H, W). Raises DiffEMError, with
-    its file and name, if it fails or does not give observations."""
-    kind, generator = CORRUPTIONS[settings.corruption], generator_for("cpu", settings.seed, 0, 0)
-    if kind.__module__ == __name__:
-        return kind(**settings.parameters)
-    try:
-        corruption = kind(**settings.parameters).to("cpu")
-        y = corruption(4 * torch.rand(2, *shape, generator=generator) - 2, generator)
-        expected = 2, shape[0] + 1, *shape[1:]
-        require(isinstance(y, Tensor), f"it gives a {type(y).__name__} in place of a tensor")
-        require(y.shape == expected, f"it gives {tuple(y.shape)} in place of {expected}, the mask last")
-        check_observations(y)
-    except (Exception, SystemExit) as error:
-        file = getattr(sys.modules[kind.__module__], "__file__", "this session")
-        reason = f"{type(error).__name__}: {error}"
-        raise DiffEMError(f"{file}, {kind.__name__}: {reason}") from error
-    return corruption
-
-
 def load_images(settings: Settings) -> tuple[Tensor, Tensor]:
     """Images to train on and to hold out, in an order given by the seed: clean ones x0, or observations."""
     name, n, limit = settings.dataset, settings.held_out, settings.limit
-    generator = generator_for("cpu", settings.seed, 0, 4)
+    generator, few = generator_for("cpu", settings.seed, 0, 4), "images are too few to hold out"
     if name in ("folder", "observations"):
         files, wanted = image_files(settings), limit + n if limit else None
         order = torch.randperm(len(files), generator=generator).tolist()
         images = read_images([files[i] for i in order[:wanted]], settings)[:wanted]
         n = n or max(2, len(images) // 20, min(256, len(images) // 5))
-        require(len(images) > n, f"{len(images)} images are too few to hold out {n} (--held-out)")
+        require(len(images) > n, f"{len(images)} {few} {n} (--held-out)")
         return images[n:], images[:n]
     if name == "digits":
         from sklearn.datasets import load_digits
 
         images = torch.from_numpy(load_digits().images * (255 / 16))[:, None].float() * (4 / 255) - 2
-        images = images[torch.randperm(len(images), generator=generator)]
-        require(len(images) > n, f"{len(images)} images are too few to hold out {n} (--held-out)")
-        train, test = images[n:], images[:n]
+        test, train = images[torch.randperm(len(images), generator=generator)].tensor_split([n])
+        require(len(train) > 0, f"{len(images)} {few} {n} (--held-out)")
     else:
         train, test = torchvision_images(settings)
     return train[torch.randperm(len(train), generator=generator)[: limit or None]], test[:n]
@@ -1241,31 +1288,29 @@ def torchvision_images(settings: Settings) -> tuple[Tensor, Tensor]:
 
     name, root, (rank, size) = settings.dataset, Path(settings.data_dir), ranks()
     source, files = dict(
-        mnist=("MNIST", "MNIST/raw/*-ubyte.gz"),
-        fashion_mnist=("FashionMNIST", "FashionMNIST/raw/*-ubyte.gz"),
-        cifar10=("CIFAR10", "cifar-10-python.tar.gz"),
-        celeba=("CelebA", "celeba/img_align_celeba.zip and, beside it, list_*.txt and identity_CelebA.txt"),
+        mnist=(datasets.MNIST, "MNIST/raw/*-ubyte.gz"),
+        fashion_mnist=(datasets.FashionMNIST, "FashionMNIST/raw/*-ubyte.gz"),
+        cifar10=(datasets.CIFAR10, "cifar-10-python.tar.gz"),
+        celeba=(datasets.CelebA, "celeba/img_align_celeba.zip and, beside it, list_*.txt and identity_*.txt"),
     )[name]
-    flags = [dict(split="train"), dict(split="test")]
-    flags = flags if name == "celeba" else [dict(train=True), dict(train=False)]
+    which, parts = ("split", ("train", "test")) if name == "celeba" else ("train", (True, False))
+    folder = root / "celeba/img_align_celeba"
+    archive = folder.with_suffix(".zip")
     if rank > 0:
         dist.barrier()  # the first process downloads
-    archive = root / "celeba/img_align_celeba.zip"
     try:
-        if name == "celeba" and archive.exists() and not archive.with_suffix("").exists():
+        if name == "celeba" and archive.exists() and not folder.exists():
             datasets.utils.extract_archive(str(archive))  # torchvision unpacks only what it has downloaded
-        parts = [getattr(datasets, source)(root, download=True, **flag) for flag in flags]
+        train, test = (source(root, download=True, **{which: part}) for part in parts)
     except Exception as error:  # torchvision and gdown raise many classes
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DiffEMError(f"cannot download {name} ({reason}): put {files} into {root.resolve()}") from error
-    finally:
-        if rank == 0 and size > 1:
-            dist.barrier()
+    if rank == 0 and size > 1:
+        dist.barrier()
     if name == "celeba":
-        names = parts[0].filename[: settings.limit or None], parts[1].filename[: settings.held_out]
-        files = [[root / "celeba/img_align_celeba" / file for file in part] for part in names]
-        return tuple(read_images(part, settings) for part in files)
-    pixels = [torch.as_tensor(part.data) for part in parts]
+        names = train.filename[: settings.limit or None], test.filename[: settings.held_out]
+        return tuple(read_images([folder / name for name in part], settings) for part in names)
+    pixels = (torch.as_tensor(part.data) for part in (train, test))
     return tuple(p[:, None] if p.ndim == 3 else p.permute(0, 3, 1, 2) for p in pixels)
 
 
@@ -1275,16 +1320,6 @@ def image_files(settings: Settings) -> list[Path]:
     files = export.find_images(folder, arrays=own)
     require(len(files) > 0, f"no images in {folder}")
     return files
-
-
-def room_for(number: int, image: Tensor) -> Tensor:
-    """Memory for so many images like one. Raises DiffEMError if they need more than the machine has."""
-    (H, W), need = image.shape[1:], 12 * number * image.numel()  # observations, reconstructions and work
-    known = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names  # not on Windows
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else math.inf
-    advice = "take fewer (--limit), squares of them (--crop) or, if clean, smaller ones (--image-size)"
-    require(need < memory, f"{number} images of {W}x{H} pixels need {need / 1e9:.3g} GB: {advice}")
-    return torch.empty(number, *image.shape, dtype=image.dtype)
 
 
 def squares(files: list[Path], settings: Settings) -> tuple[int, int, int]:
@@ -1302,19 +1337,12 @@ def squares(files: list[Path], settings: Settings) -> tuple[int, int, int]:
     return side, each, sum(min(each, (H // side) * (W // side)) for H, W in sizes.values())
 
 
-def cut(y: Tensor, side: int, number: int, generator: torch.Generator) -> Tensor:
-    """Up to `number` squares of y (C, H, W), from random places of a grid: (K, C, side, side)."""
-    parts = y.unfold(1, side, side).unfold(2, side, side).flatten(1, 2).transpose(0, 1)
-    return parts[torch.randperm(len(parts), generator=generator)[:number]]
-
-
 def read_picture(path: Path, settings: Settings):
     """An image file with its mask. Raises OSError."""
     from PIL import ImageOps
-    from torchvision.transforms.functional import center_crop
 
     def square(image):
-        image = center_crop(image, 140) if settings.dataset == "celeba" else image
+        image = image.crop((19, 39, 159, 179)) if settings.dataset == "celeba" else image
         return ImageOps.fit(image, (settings.image_size,) * 2, method=1)  # Lanczos
 
     own, mask, resize = settings.observations, None, square if settings.image_size else None
@@ -1329,28 +1357,35 @@ def read_images(files: list[Path], settings: Settings) -> Tensor:
     own, pictures, done, images = bool(settings.observations), [], 0, None
     side, each, number = squares(files, settings) if settings.crop else (0, 1, len(files))
     generator = generator_for("cpu", settings.seed, 0, 5)
+    known = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names  # not on Windows
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else math.inf
+    advice = "take fewer (--limit), squares of them (--crop) or, if clean, smaller ones (--image-size)"
     for path in tqdm(files, desc="reading images", leave=False, disable=None):
         try:
             picture = read_picture(path, settings)
         except OSError as error:
             require(settings.skip_bad_images, f"{error}; --skip-bad-images leaves such images out")
             continue
-        y = torch.from_numpy(picture.y if own else picture.y[:-1])
-        parts = cut(y, side, each, generator) if side else y[None]
-        images = images if pictures else room_for(number, parts[0])
-        (H, W), (H0, W0) = parts.shape[2:], images.shape[2:]
+        y = torch.from_numpy(picture.y if own else picture.y[:-1])[None]
+        if side:  # squares from random places of a grid
+            y = y[0].unfold(1, side, side).unfold(2, side, side).flatten(1, 2).transpose(0, 1)
+            y = y[torch.randperm(len(y), generator=generator)[:each]]
+        (H, W), need = y.shape[2:], 12 * number * y[0].numel()  # observations, reconstructions and work
+        require(need < memory, f"{number} images of {W}x{H} pixels need {need / 1e9:.3g} GB: {advice}")
+        images = images if pictures else torch.empty(number, *y.shape[1:], dtype=y.dtype)
+        H0, W0 = images.shape[2:]
         message = f"{path} has {W}x{H} pixels, others {W0}x{H0}: --crop N takes squares of any images"
         require((H, W) == (H0, W0), message + ", --image-size N resizes them" * (not own))
-        if images.dtype != parts.dtype:
-            images, parts = (observed(v, v.device) if own else values(v) for v in (images, parts))
-        images[done : done + len(parts)] = parts
-        done, picture.y = done + len(parts), None  # the rest is for the line below
+        if y.dtype != images.dtype:  # 8 bits and others
+            images, y = (observed(v, v.device) if own else values(v) for v in (images, y))
+        images[done : done + len(y)] = y
+        done, picture.y = done + len(y), None  # the rest is for the line below
         pictures.append(picture)
     require(len(pictures) > 0, "none of the images can be read")
-    images, left_out = images[:done], len(files) - len(pictures)
+    images = images[:done]
     missing = 1 - float(images[:, -1].mean(dtype=torch.float32)) if own else 0.0
     require(missing < 1, f"every pixel is missing in {settings.observations}")
-    cuts = f"{done} squares of " if side else ""
+    left_out, cuts = len(files) - len(pictures), f"{len(images)} squares of " if side else ""
     line = f"{export.summary(pictures)}, {left_out} left out, {cuts}{W}x{H} pixels, {missing:.1%} missing"
     hint = bool(settings.masks) and missing > 0.5 and not settings.invert_masks
     print(line + "; if white pixels of the masks are the missing ones: --invert-masks" * hint)
@@ -1381,12 +1416,9 @@ def draw_samples(state: State, y: Tensor, settings: Settings) -> tuple[Tensor, T
 
 
 def accuracy(x: Tensor, y: Tensor, x0: Tensor | None, corruption: Corruption) -> dict:
-    """Of posterior samples x (S, B, C, H, W) given y, and the truth x0 if it is known:
-
-    residual   root mean square of y - A(x) where something was observed, in units of s (if 0: grey levels)
-    spread     standard deviation of the samples, root mean square over the pixels
-    psnr       of one sample; psnr_mean of the mean of all samples
-    """
+    """Of posterior samples x (S, B, C, H, W) given y, and the truth x0 if it is known. residual: root mean
+    square of y - A(x) where something was observed, in units of s (if 0: grey levels). spread: root mean
+    square standard deviation. psnr: of one sample; psnr_mean: of the mean of all."""
     error = y[:, :-1] - y[:, -1:] * corruption.A(x[0])
     observed = y[:, -1:].expand_as(error).sum().clamp_min(1)
     residual = float((error.square().sum() / observed).sqrt()) / (corruption.noise or 4 / 255)
@@ -1396,20 +1428,19 @@ def accuracy(x: Tensor, y: Tensor, x0: Tensor | None, corruption: Corruption) ->
 
 @torch.no_grad()
 def scores(state: State, y: Tensor, config: Config) -> dict:
-    """Scores by held-out observations y (N, C + 1, H, W) alone, at about a tenth of a lap's cost:
+    """Scores by held-out observations y (N, C + 1, H, W) alone, at about a tenth of a lap's cost. Values v, a
+    fifth of the observed ones, are hidden from the model and predicted:
 
-    energy        E|X - v| - E|X - X'| / 2, a proper scoring rule, smaller is better: v are values hidden from
-                  the model, a fifth of the observed ones, X and X' predictions; root mean square over the
-                  values
+    energy        E|X - v| - E|X - X'| / 2 of predictions X, X', a proper scoring rule, smaller is better;
+                  root mean square over the values
     coverage_*    fraction of v inside the central 50 and 90 % of 19 predictions
     frechet_pca   Frechet distance of corrupted unconditional samples to the observations, in PCA space (after
                   the proximal FID of Denoising Score Distillation, arXiv 2503.07578)
     """
     generator, draws, steps = generator_for(y.device, config.seed, 0, 6), 19, 8  # the same noise in every lap
     corruption = state.denoiser.corruption
-    lap = (
-        3 * config.steps * config.batch + len(state.x0) * config.sample_steps
-    )  # evaluations; a training step is 3
+    # Evaluations: three for each image of an optimiser step
+    lap = 3 * config.steps * config.batch + len(state.x0) * config.sample_steps
     n = min(len(y), max(16, int(0.1 * lap / steps - len(y)) // draws))
     seen, fraction = y[:n], torch.full((n,), 0.2, device=y.device)
     rest = mask_patches(seen, fraction, corruption.patch, generator)
@@ -1421,7 +1452,6 @@ def scores(state: State, y: Tensor, config: Config) -> dict:
     rank = (X < v).sum(0) + (X == v).sum(0) / 2  # 0 .. draws
     inside = dict(coverage_50=(rank >= 5) & (rank <= 14), coverage_90=(rank >= 1) & (rank <= 18))
     result = {name: float((hidden * within).sum() / number.sum()) for name, within in inside.items()}
-
     X, v = ((hidden * u).flatten(2).transpose(0, 1) for u in (X, v[None]))  # (n, draws, C H W), (n, 1, C H W)
     energy = torch.cdist(X, v).mean((1, 2)) - torch.cdist(X, X).sum((1, 2)) / (2 * draws * (draws - 1))
     energy = (energy / number.sqrt())[hidden.flatten(1).any(1)]
@@ -1449,7 +1479,7 @@ def save_picture(path: Path, data: Data, x: Tensor, new: Tensor) -> None:
     figure.savefig(path, dpi=100)
 
 
-# ---- Checkpoints ------------------------------------------------------------------------------------------
+# ---- A run: config.json, checkpoint.pt, metrics.jsonl, lap_NN.png -----------------------------------------
 
 
 def save_checkpoint(folder: Path, state: State, settings: Settings, data: str = "") -> None:
@@ -1463,48 +1493,31 @@ def save_checkpoint(folder: Path, state: State, settings: Settings, data: str = 
         os.fsync(file.fileno())
 
 
-@dataclass
 class Checkpoint:
-    folder: Path
-    settings: Settings
-    data: str
-    state: dict
+    """checkpoint.pt, read without running code from it. Raises DiffEMError if it is anything else."""
 
-    def __post_init__(self):
-        self.settings = Settings(**self.settings)
-
-    def model(self, corruption: Corruption | None = None, best: bool = False, device="cpu") -> Denoiser:
-        """See `load`."""
-        name, parameters = self.settings.corruption, self.settings.parameters
-        known = corruption or name in CORRUPTIONS
-        require(known, f"{self.folder} has its own corruption {name!r}: give it to load() or export()")
-        state = restore_state(self, corruption or CORRUPTIONS[name](**parameters), device)
-        if best and state.best_weights:
-            state.average.load_state_dict(state.best_weights)
-        return state.model
-
-
-def load_checkpoint(folder: str | Path) -> Checkpoint:
-    """Reads checkpoint.pt without running code from it. Raises DiffEMError if it is anything else."""
-    path = Path(folder) / "checkpoint.pt"
-    require(path.is_file(), f"no checkpoint {path}")
-    try:
-        with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
-            require(file.testzip() is None, "a checksum is wrong")
-        return Checkpoint(Path(folder), **torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # PyTorch raises many classes
-        raise DiffEMError(f"{path} is not a checkpoint of DiffEM, or is damaged") from error
+    def __init__(self, folder: str | Path):
+        self.folder, path = Path(folder), Path(folder) / "checkpoint.pt"
+        require(path.is_file(), f"no checkpoint {path}")
+        try:
+            with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
+                require(file.testzip() is None, "a checksum is wrong")
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            self.settings, self.data = Settings(**saved["settings"]), saved["data"]  # data: their sha256
+            self.state = saved["state"]
+        except Exception as error:  # PyTorch raises many classes
+            raise DiffEMError(f"{path} is not a checkpoint of DiffEM, or is damaged") from error
 
 
 def restore_state(checkpoint: Checkpoint, corruption: Corruption, device="cpu", data_device="cpu") -> State:
     """The state that was saved, by however many processes."""
-    saved = checkpoint.state
+    saved, settings = checkpoint.state, checkpoint.settings
     try:
         for name in ("w", "slope"):  # their shapes depend on the data
             setattr(corruption, name, saved["denoiser"][f"corruption.{name}"])
         gaussian = Gaussian(list(saved["x0"].shape[1:]))
-        denoiser = new_denoiser(gaussian, corruption.to(device), checkpoint.settings, device)
-        state = new_state(saved["x0"].to(data_device), denoiser, checkpoint.settings)
+        denoiser = new_denoiser(gaussian, corruption.to(device), settings, device)
+        state = new_state(saved["x0"].to(data_device), denoiser, settings)
         state.losses[:] = saved["losses"]
         for name in (saved.keys() | vars(state).keys()) - {"x0", "losses"}:
             part, value = getattr(state, name), saved[name]
@@ -1518,131 +1531,51 @@ def restore_state(checkpoint: Checkpoint, corruption: Corruption, device="cpu", 
     return state
 
 
-def load(folder, corruption: Corruption | None = None, best: bool = False, device="cpu") -> Denoiser:
-    """The model of a run folder, of the last lap or of that with the best energy score. Your own corruption
-    must be given, since loading runs no code of yours."""
-    return load_checkpoint(folder).model(corruption, best, device)
-
-
-# ---- Command line -----------------------------------------------------------------------------------------
-
-
-def parameters_of(corruption: type[Corruption]) -> dict:
-    """The arguments of a corruption with their defaults."""
-    arguments = [p for p in inspect.signature(corruption).parameters.values() if p.kind != p.VAR_KEYWORD]
-    odd = [p.name for p in arguments if p.default is p.empty or p.name in Settings.__dataclass_fields__]
-    require(not odd, f"{corruption.__name__}: {odd} need defaults, and names that are not those of settings")
-    return {p.name: p.default for p in arguments}
-
-
-def make_parser(defaults: dict, parameters: dict) -> export.Parser:
-    """A flag for each setting and parameter of the corruption. Flags not given are absent from the result."""
-    presets = ", ".join(" ".join(key) for key in PRESETS)
-    parser = export.Parser(
-        description=__doc__.partition("\n")[0], epilog=f"presets: {presets}", allow_abbrev=False
-    )
-    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110)
-    flags = {f.name: (f.default, f.metadata["help"]) for f in fields(Settings) if f.metadata}
-    own = f"of --corruption {defaults.get('corruption')}"
-    flags |= {name: (value, own) for name, value in parameters.items()}
-    for name, (default, text) in flags.items():
-        kind = dict(type=int, nargs="*") if isinstance(default, tuple) else dict(type=type(default))
-        kind = dict(action=argparse.BooleanOptionalAction) if isinstance(default, bool) else kind
-        value = defaults.get(name, default)
-        shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-        options = dict(help=f"{text} (default: {shown})", default=argparse.SUPPRESS)
-        parser.add_argument("--" + name.replace("_", "-"), **kind, **options)
-    return parser
-
-
-def first_flags(argv: list[str]) -> dict:
-    """The flags given that need no other: they say which run, data set and corruption."""
-    words = [word for word in argv if word not in ("-h", "--help")]
-    return vars(make_parser({}, {}).parse_known_args(words)[0])
-
-
-def parse(argv: list[str], checkpoint: Checkpoint | None) -> Settings:
-    """The settings: flags, over those of the run to resume, over the data set's preset, over the defaults."""
-    given, saved = first_flags(argv), asdict(checkpoint.settings) if checkpoint else {}
-    values = saved | given
-    values.setdefault("dataset", "observations" if given.get("observations") else "digits")
-    cuda = torch.cuda.is_available() and values.get("device") != "cpu"
-    paper = cuda and (values["dataset"], "published") in PRESETS
-    values.setdefault("preset", "published" if paper else "small")
-    key = values["dataset"], values["preset"]
-    require(key in PRESETS, f"there is no data set {key[0]!r} with preset {key[1]!r}: --help lists them")
-    name = values.setdefault("corruption", "mask")
-    require(name in CORRUPTIONS, f"unknown corruption {name!r}: {', '.join(CORRUPTIONS)}")
-    values = preset(*key, CORRUPTIONS[name], values)
-    parameters = parameters_of(CORRUPTIONS[name])
-    parameters |= {k: v for k, v in values.get("parameters", {}).items() if k in parameters}
-
-    given = vars(make_parser(values, parameters).parse_args(argv))
-    own = {k: given.pop(k) for k in parameters if k in given}
-    if name == "jpeg" and given.get("observations") and not saved and "quality" not in own:
-        own = export.jpeg_tables(image_files(Settings(**values | given))) | own
-    own = {k: tuple(v) if isinstance(v, list) else v for k, v in own.items()}
-    settings = Settings(**values | given | dict(parameters=parameters | own))
-    now, free = asdict(settings), ("laps", "data_dir", "observations", "masks", "resume", "device")
-    changed = [k for k in saved if k not in free and now[k] != saved[k]]
-    require(not changed, f"{settings.resume} was made with other values of {', '.join(changed)}")
-    return settings
-
-
-# ---- A run: config.json, checkpoint.pt, metrics.jsonl, lap_NN.png -----------------------------------------
+def load(run, corruption: Corruption | None = None, best: bool = False, device="cpu") -> Denoiser:
+    """The model of a run folder or Checkpoint, of its last lap or of that with the best energy score. Your
+    own corruption must be given: loading runs no code of yours."""
+    checkpoint = run if isinstance(run, Checkpoint) else Checkpoint(run)
+    name, parameters = checkpoint.settings.corruption, checkpoint.settings.parameters
+    known = corruption or name in CORRUPTIONS
+    require(known, f"{checkpoint.folder} has its own corruption {name!r}: give it to load() or export()")
+    state = restore_state(checkpoint, corruption or CORRUPTIONS[name](**parameters), device)
+    if best and state.best_weights:
+        state.average.load_state_dict(state.best_weights)
+    return state.model
 
 
 @contextmanager
 def claimed(settings: Settings):
     """The folder of the run. No other process can claim it meanwhile. It goes again if nothing is saved."""
-    if ranks()[0] > 0:  # the first process saves
-        yield Path(settings.resume or Path("runs", settings.name))
-        return
     numbered = (f"{settings.dataset}-{settings.corruption}-{i}" for i in itertools.count(1))
-    paths = (Path("runs", name) for name in ([settings.name] if settings.name else numbered))
-    for folder in [Path(settings.resume)] if settings.resume else paths:
+    for name in [settings.name] if settings.name or settings.resume else numbered:
+        folder = Path(settings.resume or Path("runs", name))
         folder.mkdir(parents=True, exist_ok=True)
-        exists = not settings.resume and (folder / "checkpoint.pt").exists()
-        lock = 0 if exists else locked(folder)
-        if lock:
+        lock, reason = FileLock(folder / ".lock"), f"another process is at work in {folder}"
+        if not settings.resume and (folder / "checkpoint.pt").exists():
+            reason = f"{folder} exists: choose another --name, or continue it by --resume {folder}"
+            continue
+        with suppress(Timeout):
+            lock.acquire(blocking=False)
             break
     else:
-        message = f"{folder} exists: choose another --name, or continue it by --resume {folder}"
-        raise DiffEMError(message if exists else f"another process is at work in {folder}")
+        raise DiffEMError(reason)
     try:
         yield folder
     finally:
-        os.close(lock)
-        for path in (folder, folder.parent):
+        lock.release()
+        for remove in (Path(lock.lock_file).unlink, folder.rmdir, folder.parent.rmdir):
             with suppress(OSError):  # it is not empty
-                path.rmdir()
-
-
-def locked(folder: Path) -> int:
-    """A file descriptor of the folder, or 0 if another process has one. It goes with its process."""
-    try:
-        import fcntl
-
-        lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return 0
-    except ImportError:  # Windows has no such locks
-        return os.open(os.devnull, os.O_RDONLY)
-    return lock
+                remove()
 
 
 def prepare(settings: Settings, folder: Path) -> Data:
     """Reads or makes the observations."""
-    size = ranks()[1]
-    cuda = torch.cuda.is_available() and settings.device != "cpu"
+    size, cuda = ranks()[1], torch.cuda.is_available() and settings.device != "cpu"
     require(cuda or settings.device != "cuda", "there is no CUDA device here: --device cpu")
     if cuda:
         local, cards = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        require(
-            local < cards, f"{cards} GPUs for more processes: a smaller --nproc-per-node, or --device cpu"
-        )
+        require(local < cards, f"only {cards} GPUs: a smaller --nproc-per-node, or --device cpu")
         torch.cuda.set_device(local)
     device, data = "cuda" if cuda else "cpu", observe(settings)
     data.digest = hashlib.sha256(data.y.contiguous().numpy()).hexdigest()
@@ -1659,19 +1592,14 @@ def prepare(settings: Settings, folder: Path) -> Data:
 
 
 def train(settings: Settings, data: Data, folder: Path, checkpoint: Checkpoint | None) -> int:
-    """EM with a progress bar, a report and a checkpoint after each lap, and one every three minutes, or less
-    often if it takes long to write. Returns the exit code."""
-    rank, device, state = ranks()[0], data.held_out.device, None
+    """EM with a report and a checkpoint of each lap, and others in between. Returns the exit code."""
+    rank, device, state, due = ranks()[0], data.held_out.device, None, time.monotonic() + 180
     if checkpoint:
         require(data.digest == checkpoint.data, f"{folder} was made from other data")
         checkpoint.settings = settings
         state = restore_state(checkpoint, data.corruption, device, data.y.device)
         require(settings.laps >= state.lap, f"{folder} has reached lap {state.lap} already: raise --laps")
-    pause, shape, saved = (
-        180,
-        "{percentage:3.0f} %|{bar}| {elapsed}, {remaining} left{postfix}",
-        time.monotonic(),
-    )
+    shape = "{percentage:3.0f} %|{bar}| {elapsed}, {remaining} left{postfix}"
     bar = tqdm(total=settings.laps, bar_format=shape, disable=rank > 0 or None)
     states = em(data.y, data.corruption, settings, state, device)
     first = [next(states)] if state is None else []  # Ctrl-C ends lap 0 at once: there is nothing to save yet
@@ -1684,19 +1612,20 @@ def train(settings: Settings, data: Data, folder: Path, checkpoint: Checkpoint |
                 bar.set_postfix_str(f"lap {state.lap}, loss {loss:.3f}")
             complete = state.drawn == len(data.y)
             line = report(settings, data, folder, state) if complete and rank == 0 else ""
-            stopping, late = any_rank(bool(stop), time.monotonic() - saved > pause)
-            if rank == 0 and (stopping or late or complete):
+            stopping = any_rank(bool(stop))
+            if rank == 0 and (stopping or complete or time.monotonic() > due):
                 begin = time.monotonic()
                 save_checkpoint(folder, state, settings, data.digest)
-                saved = time.monotonic()
-                pause = max(180, 10 * (saved - begin))
+                # Every three minutes, or less often if it takes long to write
+                due = time.monotonic() + max(180, 10 * (time.monotonic() - begin))
             if line:
                 bar.write(line)
             if stopping:
                 bar.write(f"stopped; to continue: python {sys.argv[0]} --resume {folder}")
                 return 128 + (stop or [signal.SIGINT])[0]
     if rank == 0:
-        first, last, best = state.history[0], state.history[-1], best_row(state.history)
+        first, *rest = state.history
+        last, best = state.history[-1], min(rest or [first], key=lambda row: row["energy"])
         if last["energy"] > 1.05 * best["energy"]:
             print(f"lap {best['lap']} has a better energy score than the last: export.py {folder} --best")
         if "psnr_mean" in last:
@@ -1714,49 +1643,37 @@ def report(settings: Settings, data: Data, folder: Path, state: State) -> str:
     row = dict(lap=state.lap) | (dict(loss=float(state.losses.mean())) if state.lap else {})
     row |= accuracy(x, y, data.truth, data.corruption) | scores(state, y, settings)
     state.history.append({name: round(value, 5) for name, value in row.items()})
-    if best_row(state.history)["lap"] == state.lap:
+    if all(row["energy"] > state.history[-1]["energy"] for row in state.history[1:-1]):
         state.best_weights = {name: value.clone() for name, value in state.average.state_dict().items()}
     for name, rows in {"config.json": [asdict(settings)], "metrics.jsonl": state.history}.items():
         with export.replacing(folder / name) as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
     save_picture(folder / f"lap_{state.lap:02d}.png", data, x, new)
-    line = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "lap")
-    return f"lap {state.lap}/{settings.laps}  {line}"
-
-
-def best_row(history: list[dict]) -> dict:
-    """That of the lap with the smallest energy score, without the start."""
-    return min(history[1:] or history, key=lambda row: row["energy"])
+    words = [f"{name} {value:.4g}" for name, value in row.items() if name != "lap"]
+    return "  ".join([f"lap {state.lap}/{settings.laps}", *words])
 
 
 @contextmanager
 def stop_signals():
     """A list that receives the first Ctrl-C or SIGTERM: a run stops between two steps. A second one kills."""
-    received, handlers = [], {}
+    received = []
 
     def receive(number, frame):
         received.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    try:
+    with ExitStack() as before:
         with suppress(ValueError):  # only the main thread receives signals
-            handlers = {n: signal.signal(n, receive) for n in (signal.SIGINT, signal.SIGTERM)}
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before.callback(signal.signal, number, signal.signal(number, receive))
         yield received
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
 def process_group():
-    """Joins the other processes of torchrun, if it started this one. Only the first process prints, and only
-    the first that fails says why."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield
-        return
-    cuda = torch.cuda.is_available()
-    # The others wait while the first process measures a lap
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=2))
+    """Joins the processes of torchrun. The first one prints; the first that fails says why."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))  # the others wait for reports of the first
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
     try:
@@ -1768,8 +1685,19 @@ def process_group():
             sys.stderr = sys.stderr if first else open(os.devnull, "w")
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        message = "another process of this run has died; the last checkpoint is complete: --resume"
-        raise DiffEMError(message) from error
+        raise DiffEMError("another process of this run has died: --resume the last checkpoint") from error
+
+
+def run(argv: list[str]) -> int:
+    with process_group() if dist.is_torchelastic_launched() else nullcontext():
+        given = vars(make_parser({}, {}).parse_known_args(argv)[0])  # the flags that need no corruption
+        checkpoint = Checkpoint(given["resume"]) if given.get("resume") else None
+        settings = parse(argv, given, asdict(checkpoint.settings) if checkpoint else {})
+        if settings.dataset in ("cifar10", "celeba") and settings.preset == "small":
+            print("small preset, for a CPU: --preset published is the paper's, and takes days on a GPU")
+        first = ranks()[0] == 0  # the process that saves
+        with claimed(settings) if first else nullcontext(Path(settings.resume)) as folder:
+            return train(settings, prepare(settings, folder), folder, checkpoint)
 
 
 def main(argv: list[str] | None = None, **corruptions: type[Corruption]) -> int:
@@ -1778,20 +1706,9 @@ def main(argv: list[str] | None = None, **corruptions: type[Corruption]) -> int:
     return export.exit_code(lambda: run(sys.argv[1:] if argv is None else argv), "diffem", DiffEMError)
 
 
-def run(argv: list[str]) -> int:
-    with process_group():
-        resume = first_flags(argv).get("resume")
-        checkpoint = load_checkpoint(resume) if resume else None
-        settings = parse(argv, checkpoint)
-        if settings.dataset in ("cifar10", "celeba") and settings.preset == "small":
-            print("small preset, for a CPU: --preset published is the paper's, and takes days on a GPU")
-        with claimed(settings) as folder:
-            return train(settings, prepare(settings, folder), folder, checkpoint)
-
-
 if __name__ == "__main__":
     code = main()
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # Gloo's threads may outlive the process group and abort Python
+    if dist.is_torchelastic_launched():  # Gloo's threads may outlive the process group and abort Python
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

@@ -172,8 +172,8 @@ def export(folder: str, out: str = "", half: bool = False, best: bool = False, c
     import diffem
 
     try:
-        checkpoint = diffem.load_checkpoint(folder)
-        settings, denoiser = checkpoint.settings, checkpoint.model(corruption, best)
+        checkpoint = diffem.Checkpoint(folder)
+        settings, denoiser = checkpoint.settings, diffem.load(checkpoint, corruption, best)
     except diffem.DiffEMError as error:
         raise ExportError(str(error)) from error
     denoiser.bfloat16, out = False, Path(out or folder)  # the files compute in float32

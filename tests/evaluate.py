@@ -74,8 +74,8 @@ def fidelity(folder: Path, reference: Path, device: str, weights: str | None) ->
 def evaluate(options: argparse.Namespace) -> None:
     folder, number = Path(options.run), options.num_samples
     diffem.require(number >= 2, "--num-samples takes 2 or more")
-    checkpoint, device = diffem.load_checkpoint(folder), "cuda" if torch.cuda.is_available() else "cpu"
-    settings, model = checkpoint.settings, checkpoint.model(best=options.best, device=device)
+    checkpoint, device = diffem.Checkpoint(folder), "cuda" if torch.cuda.is_available() else "cpu"
+    settings, model = checkpoint.settings, diffem.load(checkpoint, best=options.best, device=device)
     data = diffem.observe(settings)
     y, truth, reference = (
         torch.cat([data.held_out, diffem.observed(data.y[:number], "cpu")])[:number],

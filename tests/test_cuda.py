@@ -85,7 +85,7 @@ def test_the_cpu_and_the_card_agree(lap):
 
 def test_a_checkpoint_of_the_card_is_resumed_on_it(lap):
     state, y, folder, _ = lap
-    checkpoint, corruption = diffem.load_checkpoint(folder), diffem.Mask()
+    checkpoint, corruption = diffem.Checkpoint(folder), diffem.Mask()
     checkpoint.settings = published(laps=2, steps=20, batch=64, sample_steps=4, compile="off")
     again = diffem.restore_state(checkpoint, corruption, "cuda", "cuda")
     assert torch.equal(again.x0, state.x0)

@@ -102,7 +102,7 @@ def test_a_run_of_two_processes_prints_once_and_goes_on_in_one(tmp_path):
         == done.stdout.count("2 processes on cpu")
         == 1
     )
-    checkpoint = diffem.load_checkpoint(tmp_path / "runs/two")
+    checkpoint = diffem.Checkpoint(tmp_path / "runs/two")
     assert len(checkpoint.state["x0"]) == checkpoint.state["drawn"] == 101
     command = [sys.executable, str(ROOT / "diffem.py"), "--resume", "runs/two", "--laps", "2"]
     done = subprocess.run(command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
@@ -135,7 +135,7 @@ def test_a_dead_process_ends_the_run_and_leaves_the_checkpoint_whole(tmp_path):
         _, errors = run.communicate(timeout=120)
     assert run.returncode != 0
     assert "another process of this run has died" in errors, errors
-    assert diffem.load_checkpoint(tmp_path / "runs/two").state["lap"] >= 0
+    assert diffem.Checkpoint(tmp_path / "runs/two").state["lap"] >= 0
 
 
 def test_the_reason_is_told_once_by_the_process_that_has_it(tmp_path):

@@ -9,6 +9,7 @@ import torch
 
 import diffem
 from diffem import (
+    Checkpoint,
     Config,
     Denoiser,
     DiffEMError,
@@ -19,7 +20,6 @@ from diffem import (
     em,
     fit,
     load,
-    load_checkpoint,
     new_denoiser,
     new_state,
     psnr,
@@ -169,7 +169,7 @@ def test_resumed_equals_uninterrupted(stop_at, tmp_path):
         if count == stop_at:
             save_checkpoint(tmp_path, state, settings)
             break
-    checkpoint = load_checkpoint(tmp_path)
+    checkpoint = Checkpoint(tmp_path)
     before = state.lap, state.step, state.drawn
     state = restore_state(checkpoint, Mask(0.5))
     assert (state.lap, state.step, state.drawn) == before

@@ -267,17 +267,19 @@ def test_a_run_is_of_one_process(run, tmp_path, monkeypatch, capsys):
     assert diffem.main([*TINY, "--name", "dead"]) == 0
 
 
-def test_a_lock_goes_with_its_process(run, tmp_path):
+def test_a_lock_goes_with_its_process(run, tmp_path, monkeypatch):
     copy(run, tmp_path / "runs/one")
+    monkeypatch.chdir(tmp_path)
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import diffem, time; c = diffem.claimed(diffem.Settings(resume='runs/one'))"
     command = [sys.executable, "-c", code + "; c.__enter__(); print(flush=True); time.sleep(99)"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
-        assert diffem.locked(tmp_path / "runs/one") == 0
+        with pytest.raises(diffem.DiffEMError, match="another process"):
+            diffem.claimed(diffem.Settings(resume="runs/one")).__enter__()
         process.kill()
-    lock = diffem.locked(tmp_path / "runs/one")
-    assert lock > 0
-    os.close(lock)
+    with diffem.claimed(diffem.Settings(resume="runs/one")) as folder:
+        pass
+    assert {path.name for path in folder.iterdir()} >= {"checkpoint.pt"} and not (folder / ".lock").exists()
 
 
 @pytest.mark.parametrize("program", ["diffem.py", "export.py"])

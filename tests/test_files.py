@@ -667,6 +667,6 @@ def test_celeba_from_its_archive_and_lists(tmp_path, monkeypatch, capsys):
         and "64x64 pixels" in out
         and "4 images read" in out
     )
-    settings = diffem.load_checkpoint("runs/faces").settings
+    settings = diffem.Checkpoint("runs/faces").settings
     red = diffem.values(diffem.load_images(settings)[0])
     assert (red[:, 0] > 1.9).float().mean() < 0.05

@@ -19,7 +19,7 @@ def main() -> None:
     options = table.parse(
         __doc__, run="", data_dir="data", images=10_000, held_out=500, p=[1.0, 0.5], steps=1000
     )
-    checkpoint = diffem.load_checkpoint(options.run)
+    checkpoint = diffem.Checkpoint(options.run)
     saved, generator = checkpoint.settings, diffem.generator_for("cpu", 0, 0, 9)
     x0, truth, classes = read_classes(options)
     features, rows = train_classifier(x0, classes), []
