@@ -1083,7 +1083,7 @@ def e_step(state: State, y: Tensor, config: Config, generator: torch.Generator) 
     try:
         x0 = state.model.sample(batch, *config.e_step_sampler(state.lap), generator)
     except RuntimeError as error:  # PyTorch has a class of its own for a GPU's memory only
-        if state.sample_batch == 1 or not export.out_of_memory(error):
+        if len(batch) == 1 or not export.out_of_memory(error):
             raise
     if any_rank(x0 is None):
         state.sample_batch = min(state.sample_batch, len(y[now])) // 2
