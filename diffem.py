@@ -54,28 +54,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import export  # files and command lines: its numpy part
+from export import DiffEMError, require
 
 # Pillow, matplotlib, torchvision and scikit-learn are imported where they are used: the method needs none of
 # them, and together they would double the time of `import diffem`.
 
 
-class DiffEMError(ValueError):
-    """An error that the user can mend. The command line prints it as one line and exits with code 2."""
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise DiffEMError(message)
-
-
 def generator_for(device, *key: int) -> torch.Generator:
-    """A generator seeded by integers such as (seed, lap, step): a run resumes without a stored state."""
+    """A generator seeded by integers, so that a run needs no stored state to resume: (seed, lap, step, rank)
+    in the laps, else (seed, 0, k), where k is 0 for the observations, 1 for the start, 2 the weights, 3 the
+    pictures, 4 the order of the images, 5 their squares, 6 the scores."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)
     return torch.Generator(device).manual_seed(int(seed))
 
 
 def on_cpu(generator: torch.Generator) -> torch.Generator:
-    """It, or one of the same seed: to read a GPU's numbers is to wait for the GPU."""
+    """The generator, or one of the same seed on the CPU: reading a number from a GPU would wait for it."""
     return generator if generator.device.type == "cpu" else generator_for("cpu", generator.initial_seed())
 
 
@@ -110,7 +104,7 @@ def any_rank(condition: bool) -> bool:
 
 
 # ---- Settings of the method -------------------------------------------------------------------------------
-METHODS = ("ddpm", "ddim", "sde2m", "dpm2m")
+METHODS = export.METHODS
 Pair = tuple[Tensor, Tensor]
 Step = tuple[float, float, float, float, float]
 
@@ -150,7 +144,7 @@ class Config:
     first_sample_steps: int = setting(16, "the same in lap 1, growing to --sample-steps; 0: constant", 0, 1e5)
     sample_batch: int = setting(512, "images sampled at once; halved where memory is short", 1)
     unconditional_steps: int = setting(32, "evaluations to sample a new image", 1, 1e5)
-    smoothness: float = setting(0.0, "power of the start's spectrum; 0: white noise, low rank", 0, 10)
+    smoothness: float = setting(0.0, "power of the start's spectrum, then fitted; 0: a low rank", 0, 6)
     start_rank: int = setting(32, "rank of the start's covariance if smoothness is 0", 1)
     start_laps: int = setting(8, "EM iterations that fit the start", 1)
     preconditioning: str = setting("gaussian", "edm: the paper's", choices=("gaussian", "edm"))
@@ -246,7 +240,7 @@ class Corruption(nn.Module):
     noise = 0.0  # s
     block = 1  # side of the blocks of T; 0: the whole image
     patch = 1  # side of the squares that are observed together
-    multiple = 1  # of which the sides of images must be multiples
+    multiple = 1  # the sides of images must be multiples of this
     rescale = False  # the default of --rescale: is the same detail lost in every image?
     smoothness = 0.0  # the least default of --smoothness
     limits = {}  # of the arguments by name: (low, high)
@@ -261,6 +255,7 @@ class Corruption(nn.Module):
             require(low <= value <= high, message)
             setattr(self, name, value)
         self.register_buffer("masks", None, persistent=False)  # (K, 1, H, W), observed: in place of `mask`
+        self.register_buffer("masked", torch.tensor(False))  # were there such masks in training?
         self.register_buffer("w", torch.zeros(1, 1, 1))  # (C, n, n), by `learn`
         self.register_buffer("slope", torch.zeros(1, 1, 1))  # (C, n, n): h / T y
 
@@ -325,14 +320,14 @@ class Corruption(nn.Module):
 
 class Linear(Corruption):
     """A = T^T k T with a known k, `transfer`. Then w = k^2 / s^2 and h = k T y / s^2. Both are 0 where a
-    pixel is missing, or, if T is of the whole image, where any pixel is."""
+    pixel is missing. If T is of the whole image, one missing pixel makes them 0 everywhere."""
 
     def transfer(self, y: Tensor) -> Tensor:
         """k, in a shape that expands to (H, W)."""
         return torch.ones(1, 1, device=y.device)
 
     def known(self, y: Tensor) -> Pair:
-        # Noise that a patch shares counts side times in T y. To more than 1e6, float32 could not add 1 / S
+        # A patch of p x p pixels shares its noise: p s in T y. To more than 1e6, float32 cannot add 1 / S
         m = y[:, -1:].amin((2, 3), keepdim=True) if self.block == 0 else y[:, -1:]
         k, precision = self.transfer(y), m / max((self.patch * self.noise) ** 2, 1e-6)
         return precision * k**2, precision * k
@@ -408,7 +403,7 @@ class Blur(Linear):
 class Downsample(Linear):
     """Means of factor x factor pixels, with noise, each repeated to the image's size: y = R (M x + s eps)."""
 
-    rescale, smoothness = True, 3.0  # a low rank cannot tell what no image shows
+    rescale, smoothness = True, 3.0  # a low rank cannot fill in what no image shows
     limits = dict(factor=(1, 1e3), noise=(0, 4))
 
     def __init__(self, factor: int = 2, noise: float = 0.01):
@@ -561,7 +556,7 @@ class Gaussian(nn.Module):
         place of the mean and h + w^(1/2) eps in place of h (Papandreou & Yuille 2010)."""
         parts = []
         for part in y.split(512):
-            part = observed(part, generator.device)
+            part = as_float(part, generator.device)
             w, h, x = corruption.precision(part), corruption.product(part), self.sample(len(part), generator)
             h = h + w.sqrt() * randn_like(h, generator)
             parts.append(inverse(self.posterior(part, (w, h), x, corruption.block, 64)[0], corruption.block))
@@ -634,7 +629,7 @@ def fit_start(y: Tensor, corruption: Corruption, config: Config, generator: torc
     fit to the draws, repeat. What no observation shows keeps the law of the spectrum."""
     shape, rank = [y.shape[1] - 1, *y.shape[2:]], 0 if config.smoothness else config.start_rank
     gaussian = Gaussian(shape, rank, config.smoothness).to(generator.device)
-    y = observed(y[: 4096 if rank else 512], generator.device)
+    y = as_float(y[: 4096 if rank else 512], generator.device)
     x = interpolate(y, gaussian.mean)[:, :-1]
     gaussian.mean += x.mean((0, 2, 3))[:, None, None]
     gaussian.scale *= transform(x - gaussian.mean, 0).square().mean((0, 2, 3))[:, None, None]
@@ -765,7 +760,7 @@ def sampler(method: str, steps: int, sigma_min: float, sigma_max: float) -> list
         sde2m, dpm2m: the same with (3 D - D_previous) / 2 in place of D, except in the first and last step
                                                               (DPM-Solver++(2M), SDE and ODE, Lu et al. 2022)
     """
-    known = method in ["ddpm", "ddim", "sde2m", "dpm2m"]
+    known = method in ["ddpm", "ddim", "sde2m", "dpm2m"]  # TorchScript cannot read METHODS
     require(known, f"unknown method {method}: ddpm, ddim, sde2m, dpm2m")
     require(steps >= 1, f"steps must be at least 1, not {steps}")
     table: list[Step] = []
@@ -943,8 +938,8 @@ def em(y: Tensor, corruption: Corruption, config: Config, state: State | None = 
     the same y and state, and share the work of each batch.
     """
     device, (rank, size) = torch.device(device or y.device), ranks()
-    for part in y.split(4096) if y.ndim == 4 else ():
-        check_observations(observed(part, part.device))
+    for part in y.split(4096) if y.ndim == 4 else ():  # not the vectors of tests/manifold.py
+        check_observations(as_float(part, part.device))
     require(config.batch % size == 0, f"--batch {config.batch} must be a multiple of the {size} processes")
     if state is None:
         state = first_state(y, corruption.to(device), config, generator_for(device, config.seed, 0, 1, 0))
@@ -961,7 +956,7 @@ def em(y: Tensor, corruption: Corruption, config: Config, state: State | None = 
             yield state
 
 
-def observed(y: Tensor, device: torch.device) -> Tensor:
+def as_float(y: Tensor, device: torch.device) -> Tensor:
     """Observations (N, C + 1, H, W) in floating point, on a device. Bytes in y are as in 8-bit files."""
     y = y.to(device)
     if y.is_floating_point():
@@ -990,8 +985,9 @@ def first_state(y: Tensor, corruption: Corruption, config: Config, generator: to
     x0 = x0.half() if x0.is_cuda else x0  # to save memory of the GPU
     gaussian = Gaussian(list(x0.shape[1:]), power=1.0).to(generator.device)
     gaussian.fit(random_images(x0, 4096, generator), generator)
-    for buffer in (*gaussian.buffers(), *corruption.buffers()) if ranks()[1] > 1 else ():
-        dist.broadcast(buffer, 0)  # one denoiser for all processes
+    if ranks()[1] > 1:  # one denoiser for all processes
+        for buffer in (*gaussian.state_dict().values(), *corruption.state_dict().values()):
+            dist.broadcast(buffer, 0)
     state = new_state(x0, new_denoiser(gaussian, corruption, config, generator.device), config)
     state.start, state.drawn = start, len(y)
     return state
@@ -1079,7 +1075,7 @@ def augment(x0: Tensor, config: Config, generator: torch.Generator, multiple: in
 def e_step(state: State, y: Tensor, config: Config, generator: torch.Generator) -> None:
     """Draws the next batch of reconstructions. If it does not fit into memory, batches are halved."""
     (rank, size), now = ranks(), slice(state.drawn, state.drawn + ranks()[1] * state.sample_batch)
-    batch, x0 = observed(y[now][rank::size], generator.device), None
+    batch, x0 = as_float(y[now][rank::size], generator.device), None
     try:
         x0 = state.model.sample(batch, *config.e_step_sampler(state.lap), generator)
     except RuntimeError as error:  # PyTorch has a class of its own for a GPU's memory only
@@ -1122,9 +1118,9 @@ DATASETS, KINDS = (tuple(dict.fromkeys(names)) for names in zip(*PRESETS))
 
 def preset(dataset: str, kind: str, corruption: type[Corruption], given: dict) -> dict:
     """The settings of a preset for a corruption, under those that are given."""
-    values = PRESETS[dataset, kind]
-    smoothness = given.get("smoothness", max(values.get("smoothness", 0.0), corruption.smoothness))
-    return values | dict(smoothness=smoothness, rescale=smoothness > 0 and corruption.rescale) | given
+    chosen = PRESETS[dataset, kind]
+    smoothness = given.get("smoothness", max(chosen.get("smoothness", 0.0), corruption.smoothness))
+    return chosen | dict(smoothness=smoothness, rescale=smoothness > 0 and corruption.rescale) | given
 
 
 @dataclass
@@ -1152,12 +1148,12 @@ class Settings(Config):
     def __post_init__(self):
         super().__post_init__()
         own, both = self.dataset == "observations", ("folder", "observations")
-        require(own == bool(self.observations), "--observations FOLDER is the data set, without another one")
+        require(own == bool(self.observations), "give --observations FOLDER, and no other --dataset")
         ok = self.held_out > 1 or self.held_out == 0 and self.dataset in both
         require(ok, "--held-out must be at least 2, or 0 for a part of a folder")
         ok = Path(self.name).name == self.name != ".." and self.name.isprintable()
         require(ok, f"--name {self.name!r} must be the name of a folder below runs/")
-        places = dict.fromkeys(("masks", "invert_masks"), both[1:]) | dict(image_size=("folder", "celeba"))
+        places = dict(masks=both[1:], invert_masks=both[1:], image_size=("folder", "celeba"))
         for name, names in (places | dict(grey=both, skip_bad_images=both)).items():
             ok = self.dataset in names or not getattr(self, name)
             require(ok, f"--{name.replace('_', '-')} is for --dataset {' or '.join(names)}")
@@ -1177,7 +1173,10 @@ def make_parser(defaults: dict, parameters: dict) -> export.Parser:
     parser.description = __doc__.partition("\n")[0]
     parser.epilog = "presets: " + ", ".join(" ".join(key) for key in PRESETS)
     parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110)
-    flags = {f.name: (f.default, f.metadata["help"]) for f in fields(Settings) if f.metadata}
+    flags = {}
+    for f in (f for f in fields(Settings) if f.metadata):
+        choices = f" [{', '.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
+        flags[f.name] = f.default, f.metadata["help"] + choices
     text = f"of --corruption {defaults.get('corruption')}"
     flags |= {name: (value, text) for name, value in parameters.items()}
     for name, (default, text) in flags.items():
@@ -1193,23 +1192,23 @@ def make_parser(defaults: dict, parameters: dict) -> export.Parser:
 def parse(argv: list[str], given: dict, saved: dict) -> Settings:
     """Flags, over those saved of the run to resume, over the data set's preset, over the defaults. given: the
     flags that need no corruption."""
-    values = saved | given
-    values.setdefault("dataset", "observations" if given.get("observations") else "digits")
-    cuda = torch.cuda.is_available() and values.get("device") != "cpu"
-    paper = cuda and (values["dataset"], "published") in PRESETS
-    key = values["dataset"], values.setdefault("preset", "published" if paper else "small")
-    name = values.setdefault("corruption", "mask")
+    chosen = saved | given
+    chosen.setdefault("dataset", "observations" if given.get("observations") else "digits")
+    cuda = torch.cuda.is_available() and chosen.get("device") != "cpu"
+    paper = cuda and (chosen["dataset"], "published") in PRESETS
+    key = chosen["dataset"], chosen.setdefault("preset", "published" if paper else "small")
+    name = chosen.setdefault("corruption", "mask")
     require(key in PRESETS, f"there is no data set {key[0]!r} with preset {key[1]!r}: --help lists them")
     require(name in CORRUPTIONS, f"unknown corruption {name!r}: {', '.join(CORRUPTIONS)}")
-    values = preset(*key, CORRUPTIONS[name], values)
+    chosen = preset(*key, CORRUPTIONS[name], chosen)
     parameters = parameters_of(CORRUPTIONS[name])
-    parameters |= {k: v for k, v in values.get("parameters", {}).items() if k in parameters}
-    flags = vars(make_parser(values, parameters).parse_args(argv))
+    parameters |= {k: v for k, v in chosen.get("parameters", {}).items() if k in parameters}
+    flags = vars(make_parser(chosen, parameters).parse_args(argv))
     flags = {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
     own = {k: flags.pop(k) for k in parameters if k in flags}
-    if name == "jpeg" and given.get("observations") and not saved and "quality" not in own:
-        own = export.jpeg_tables(image_files(Settings(**values | flags))) | own
-    settings = Settings(**values | flags | dict(parameters=parameters | own))
+    if name == "jpeg" and given.get("observations") and not saved and not own.keys() & {"quality", "tables"}:
+        own = export.jpeg_tables(image_files(Settings(**chosen | flags))) | own
+    settings = Settings(**chosen | flags | dict(parameters=parameters | own))
     now, free = asdict(settings), ("laps", "data_dir", "observations", "masks", "resume", "device")
     changed = [k for k in saved if k not in free and now[k] != saved[k]]
     require(not changed, f"{settings.resume} was made with other values of {', '.join(changed)}")
@@ -1227,7 +1226,7 @@ class Data:
     y: Tensor  # observations to train on
     held_out: Tensor  # other observations, for the metrics
     truth: Tensor | None  # clean images of the held-out observations, if they are known
-    digest: str = ""  # sha256 of all observations
+    digest: str = ""  # sha256 of y
 
 
 def observe(settings: Settings) -> Data:
@@ -1257,7 +1256,8 @@ def observe(settings: Settings) -> Data:
     ok = missing or not isinstance(corruption, Mask)
     require(ok, f"no pixel is missing in {settings.observations}: give alpha, NaN or --masks")
     corruption.masks = train[:, -1:].bool() if missing else None
-    return Data(corruption, train, observed(test, test.device), None)
+    corruption.masked.fill_(missing)
+    return Data(corruption, train, as_float(test, test.device), None)
 
 
 def load_images(settings: Settings) -> tuple[Tensor, Tensor]:
@@ -1268,7 +1268,7 @@ def load_images(settings: Settings) -> tuple[Tensor, Tensor]:
         files, wanted = image_files(settings), limit + n if limit else None
         order = torch.randperm(len(files), generator=generator).tolist()
         images = read_images([files[i] for i in order[:wanted]], settings)[:wanted]
-        n = n or max(2, len(images) // 20, min(256, len(images) // 5))
+        n = n or max(2, min(256, len(images) // 5))
         require(len(images) > n, f"{len(images)} {few} {n} (--held-out)")
         return images[n:], images[:n]
     if name == "digits":
@@ -1298,13 +1298,10 @@ def torchvision_images(settings: Settings) -> tuple[Tensor, Tensor]:
     archive = folder.with_suffix(".zip")
     if rank > 0:
         dist.barrier()  # the first process downloads
-    try:
+    with export.explained(f"cannot download {name} (put {files} into {root.resolve()})"):
         if name == "celeba" and archive.exists() and not folder.exists():
             datasets.utils.extract_archive(str(archive))  # torchvision unpacks only what it has downloaded
         train, test = (source(root, download=True, **{which: part}) for part in parts)
-    except Exception as error:  # torchvision and gdown raise many classes
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DiffEMError(f"cannot download {name} ({reason}): put {files} into {root.resolve()}") from error
     if rank == 0 and size > 1:
         dist.barrier()
     if name == "celeba":
@@ -1329,10 +1326,12 @@ def squares(files: list[Path], settings: Settings) -> tuple[int, int, int]:
     for path in files:
         with suppress(Exception):  # which reading the file will report
             sizes[path] = (settings.image_size,) * 2 if settings.image_size else export.image_size(path)
-    smallest = min(sizes, key=lambda path: min(sizes[path]), default=None)
-    side = min(2 * settings.crop, *sizes.get(smallest, (0,)))
+    require(len(sizes) > 0, "none of the images can be read")
+    smallest = min(sizes, key=lambda path: min(sizes[path]))
+    side = min(2 * settings.crop, *sizes[smallest])
     require(side >= settings.crop, f"{smallest} has a side of {side} pixels: take a smaller --crop")
-    side -= side % 16 if side > 16 else 0  # the blocks of JPEG stay in place
+    if side > 16:  # the blocks of JPEG stay in place
+        side = max(side - side % 16, settings.crop)
     each = math.ceil((settings.limit + settings.held_out) / len(files)) if settings.limit else 10**9
     return side, each, sum(min(each, (H // side) * (W // side)) for H, W in sizes.values())
 
@@ -1377,7 +1376,7 @@ def read_images(files: list[Path], settings: Settings) -> Tensor:
         message = f"{path} has {W}x{H} pixels, others {W0}x{H0}: --crop N takes squares of any images"
         require((H, W) == (H0, W0), message + ", --image-size N resizes them" * (not own))
         if y.dtype != images.dtype:  # 8 bits and others
-            images, y = (observed(v, v.device) if own else values(v) for v in (images, y))
+            images, y = (as_float(v, v.device) if own else values(v) for v in (images, y))
         images[done : done + len(y)] = y
         done, picture.y = done + len(y), None  # the rest is for the line below
         pictures.append(picture)
@@ -1483,7 +1482,7 @@ def save_picture(path: Path, data: Data, x: Tensor, new: Tensor) -> None:
 
 
 def save_checkpoint(folder: Path, state: State, settings: Settings, data: str = "") -> None:
-    """Writes checkpoint.pt: tensors and plain types only. data: sha256 of all observations."""
+    """Writes checkpoint.pt: tensors and plain types only. data: sha256 of the observations to train on."""
     state.check()
     parts = {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in vars(state).items()}
     content = dict(settings=asdict(settings), data=data, state=parts | dict(start=None))
@@ -1499,19 +1498,18 @@ class Checkpoint:
     def __init__(self, folder: str | Path):
         self.folder, path = Path(folder), Path(folder) / "checkpoint.pt"
         require(path.is_file(), f"no checkpoint {path}")
-        try:
+        with export.explained(f"{path} is not a checkpoint of DiffEM, or is damaged"):
             with zipfile.ZipFile(path) as file:  # torch.load does not look at the checksums
                 require(file.testzip() is None, "a checksum is wrong")
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            self.settings, self.data = Settings(**saved["settings"]), saved["data"]  # data: their sha256
+            self.settings, self.data = Settings(**saved["settings"]), saved["data"]
             self.state = saved["state"]
-        except Exception as error:  # PyTorch raises many classes
-            raise DiffEMError(f"{path} is not a checkpoint of DiffEM, or is damaged") from error
 
 
 def restore_state(checkpoint: Checkpoint, corruption: Corruption, device="cpu", data_device="cpu") -> State:
     """The state that was saved, by however many processes."""
     saved, settings = checkpoint.state, checkpoint.settings
+    message = f"the weights in {checkpoint.folder}/checkpoint.pt are not those of its own settings"
     try:
         for name in ("w", "slope"):  # their shapes depend on the data
             setattr(corruption, name, saved["denoiser"][f"corruption.{name}"])
@@ -1522,12 +1520,13 @@ def restore_state(checkpoint: Checkpoint, corruption: Corruption, device="cpu", 
         for name in (saved.keys() | vars(state).keys()) - {"x0", "losses"}:
             part, value = getattr(state, name), saved[name]
             part.load_state_dict(value) if hasattr(part, "load_state_dict") else setattr(state, name, value)
-        require(0 <= state.drawn <= len(state.x0), "drawn")
+        require(0 <= state.drawn <= len(state.x0), message)
         for p in denoiser.parameters() if state.lap else ():  # fused Adam does not look at the shapes
             moments = state.optimizer.state[p]
-            require(moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape, "optimizer")
+            require(moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape, message)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise DiffEMError("the weights in the checkpoint are not those of its own settings") from error
+        require(export.out_of_memory(error), message)
+        raise
     return state
 
 
@@ -1546,8 +1545,9 @@ def load(run, corruption: Corruption | None = None, best: bool = False, device="
 
 @contextmanager
 def claimed(settings: Settings):
-    """The folder of the run. No other process can claim it meanwhile. It goes again if nothing is saved."""
+    """The folder of the run. No other process can claim it meanwhile. It is removed if nothing is saved."""
     numbered = (f"{settings.dataset}-{settings.corruption}-{i}" for i in itertools.count(1))
+    # The first that has no checkpoint and that nobody holds
     for name in [settings.name] if settings.name or settings.resume else numbered:
         folder = Path(settings.resume or Path("runs", name))
         folder.mkdir(parents=True, exist_ok=True)
@@ -1579,7 +1579,7 @@ def prepare(settings: Settings, folder: Path) -> Data:
         torch.cuda.set_device(local)
     device, data = "cuda" if cuda else "cpu", observe(settings)
     data.digest = hashlib.sha256(data.y.contiguous().numpy()).hexdigest()
-    fits = not cuda or 3 * data.y.nbytes < torch.cuda.mem_get_info()[0]  # y and x0 in half of the memory
+    fits = not cuda or 12 * data.y.numel() < torch.cuda.mem_get_info()[0]  # y, x0 and work on them
     data.y, data.held_out = data.y.to(device if fits else "cpu"), data.held_out.to(device)
     data.truth = None if data.truth is None else data.truth.to(device)
     shown = {name: value for name, value in settings.parameters.items() if value != ()}
@@ -1693,8 +1693,8 @@ def run(argv: list[str]) -> int:
         given = vars(make_parser({}, {}).parse_known_args(argv)[0])  # the flags that need no corruption
         checkpoint = Checkpoint(given["resume"]) if given.get("resume") else None
         settings = parse(argv, given, asdict(checkpoint.settings) if checkpoint else {})
-        if settings.dataset in ("cifar10", "celeba") and settings.preset == "small":
-            print("small preset, for a CPU: --preset published is the paper's, and takes days on a GPU")
+        if (settings.dataset, "published") in PRESETS and settings.preset == "small":
+            print("small preset, for a CPU; --preset published is the paper's: about a day on a GPU")
         first = ranks()[0] == 0  # the process that saves
         with claimed(settings) if first else nullcontext(Path(settings.resume)) as folder:
             return train(settings, prepare(settings, folder), folder, checkpoint)
@@ -1703,7 +1703,7 @@ def run(argv: list[str]) -> int:
 def main(argv: list[str] | None = None, **corruptions: type[Corruption]) -> int:
     """The command line, with your own corruptions by name. Returns the exit code, 2 after a DiffEMError."""
     CORRUPTIONS.update(corruptions)
-    return export.exit_code(lambda: run(sys.argv[1:] if argv is None else argv), "diffem", DiffEMError)
+    return export.exit_code(lambda: run(sys.argv[1:] if argv is None else argv), "diffem")
 
 
 if __name__ == "__main__":

@@ -50,22 +50,23 @@ METADATA |= dict.fromkeys(("sigma_min", "sigma_max", "masked_noise"), (int, floa
 METADATA |= dict(method=str, corruption=str)
 
 
-class ExportError(OSError):
+class DiffEMError(OSError):
     """An error that the user can mend. The command line prints it as one line and exits with code 2."""
 
 
 def require(condition: bool, message: str) -> None:
     if not condition:
-        raise ExportError(message)
+        raise DiffEMError(message)
 
 
 @contextlib.contextmanager
 def explained(message: str):
-    """Any error becomes an ExportError with this message: Pillow, numpy and onnxruntime have many classes."""
+    """Any error becomes an DiffEMError with this message: Pillow, numpy and onnxruntime have many classes."""
     try:
         yield
     except Exception as error:
-        raise ExportError(f"{message}: {' '.join(str(error).split()):.300}") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DiffEMError(f"{message}: {reason:.300}") from error
 
 
 @contextlib.contextmanager
@@ -138,7 +139,9 @@ def describe(denoiser, settings, half: bool) -> dict:
     meta = {name: getattr(settings, name) for name in ("sigma_min", "sigma_max", "method", "corruption")}
     meta |= dict(steps=settings.sample_steps, parameters=settings.parameters, schedule=schedule)
     meta |= dict(format=FORMAT, channels=channels, image_size=size, range=[-2, 2], dtype=kind, grid=grid)
-    return meta | dict(multiple=multiple, masks=corruption.hides_pixels(), masked_noise=noise)
+    return meta | dict(
+        multiple=multiple, masks=corruption.hides_pixels() or bool(corruption.masked), masked_noise=noise
+    )
 
 
 def largest_errors(denoiser, script: bytes, onnx: bytes) -> list[float]:
@@ -165,17 +168,14 @@ def largest_errors(denoiser, script: bytes, onnx: bytes) -> list[float]:
 
 def export(folder: str, out: str = "", half: bool = False, best: bool = False, corruption=None) -> None:
     """Writes model.ts.pt and model.onnx (half: model.half.onnx) of the last lap, or of the best. Both are
-    compared with the denoiser first. Raises ExportError if one differs by more than 1e-4 (float16: 0.04, 1 %
+    compared with the denoiser first. Raises DiffEMError if one differs by more than 1e-4 (float16: 0.04, 1 %
     of the range). corruption: an instance, if it is your own."""
     import torch
 
     import diffem
 
-    try:
-        checkpoint = diffem.Checkpoint(folder)
-        settings, denoiser = checkpoint.settings, diffem.load(checkpoint, corruption, best)
-    except diffem.DiffEMError as error:
-        raise ExportError(str(error)) from error
+    checkpoint = diffem.Checkpoint(folder)
+    settings, denoiser = checkpoint.settings, diffem.load(checkpoint, corruption, best)
     denoiser.bfloat16, out = False, Path(out or folder)  # the files compute in float32
     out.mkdir(parents=True, exist_ok=True)
     message = f"PyTorch {torch.__version__} cannot export this model (2.14 can)"
@@ -247,7 +247,7 @@ def names_in(folder: Path, changed: int) -> dict[str, list[Path]]:
 def read_image(path: Path, channels: int, mask=None, alpha=True, resize=None, raw=False) -> Picture:
     """An image or .npy file. Pixels are missing where it is transparent (if `alpha`) or NaN, and where `mask`
     (H, W) is False. resize: a function of a Pillow image. raw: leave values of 8 bits as bytes. Raises
-    ExportError for what cannot be read without a doubt."""
+    DiffEMError for what cannot be read without a doubt."""
     with explained(f"{path} cannot be read as an image"):
         require(path.is_file(), "it is not a regular file")
         picture = read_pixels(path, channels, alpha, resize)
@@ -331,7 +331,7 @@ def summary(pictures: list[Picture]) -> str:
 
 
 def read_mask(path: Path, invert: bool = False) -> np.ndarray:
-    """(H, W), False where a pixel is missing: black, or white if `invert`. Raises ExportError if unclear."""
+    """(H, W), False where a pixel is missing: black, or white if `invert`. Raises DiffEMError if unclear."""
     with explained(f"{path} cannot be read as a mask"):
         image = open_image(path)
         require(not image.has_transparency_data, "a mask must not be transparent: save it in black and white")
@@ -354,7 +354,7 @@ def jpeg_tables(files: list[Path]) -> dict:
             tables = tuple(q for table in file.quantization.values() for q in table)
             found.setdefault((tables, max(0, JpegImagePlugin.get_sampling(file))), str(path))
     names = ", ".join(found.values())
-    require(len(found) > 0, "none of the observations is a JPEG file: give --quality")
+    require(len(found) > 0, "none of the observations is a JPEG file: give --quality or --tables")
     require(len(found) == 1, f"JPEG of different tables, {names}: give --quality, or sort them")
     tables, subsampling = next(iter(found))
     return dict(tables=tables, subsampling=subsampling)
@@ -378,7 +378,7 @@ def sampler(method: str, steps: int, sigma_min: float, sigma_max: float) -> np.n
 
 
 def cuda_session(session_of):
-    """onnxruntime's session on CUDA. Raises ExportError with the part of CUDA that is missing."""
+    """onnxruntime's session on CUDA. Raises DiffEMError with the part of CUDA that is missing."""
     import onnxruntime
 
     driver = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
@@ -398,7 +398,7 @@ def cuda_session(session_of):
 
 
 class Restorer:
-    """A model.onnx, or its content, to sample x0 ~ q(x0 | y) with. Raises ExportError if it is anything else.
+    """A model.onnx, or its content, to sample x0 ~ q(x0 | y) with. Raises DiffEMError if it is anything else.
 
     device: cuda, cpu, or auto for the first of the two that works. threads: of the CPU, by default all.
     Attributes: `device`; `no_cuda`, why it is not cuda; `metadata`, what was recorded at the export.
@@ -422,7 +422,7 @@ class Restorer:
             if device != "cpu":
                 self.session = cuda_session(session_of)
                 self.device, self.no_cuda = "cuda", ""
-        except ExportError as error:
+        except DiffEMError as error:
             require(device != "cuda", f"cannot run on CUDA: {error}")
             self.no_cuda = str(error)
         with explained(f"{path} cannot be loaded"):
@@ -443,7 +443,7 @@ class Restorer:
 
         The last channel of y is 1 where a pixel is observed; where it is 0, so is the rest. steps, method: 0
         and "" for those of the export. Row i has the noise of default_rng((seed, i)), whatever the batch.
-        Raises ExportError if the model cannot take y.
+        Raises DiffEMError if the model cannot take y.
         """
         return self.sample(y, steps, method, [(seed, i) for i in range(len(y))])
 
@@ -571,13 +571,13 @@ def observations(files: dict, metadata: dict, options: argparse.Namespace, bad: 
             require(ok, f"{path} has {H}x{W} pixels: the model takes {least}x{least} or more")
             picture.y = picture.y.repeat(factor, 1).repeat(factor, 2)  # y has the size of x
             yield target, picture
-        except ExportError as error:
+        except DiffEMError as error:
             bad.append(str(error))
 
 
 def restore(options: argparse.Namespace) -> None:
     """Restores image files. The result for an image does not depend on the others. Those that cannot be read
-    are named in the end, and raise ExportError unless they may be skipped."""
+    are named in the end, and raise DiffEMError unless they may be skipped."""
     restorer, out, samples = Restorer(options.model, options.device), Path(options.out), options.samples
     meta, bad, done, full_views = restorer.metadata, [], 0, 0
     steps, method = options.steps or meta["steps"], options.method or meta["method"]
@@ -593,7 +593,7 @@ def restore(options: argparse.Namespace) -> None:
         most = PIXELS[restorer.device] // (samples * shape[1] * shape[2]) + 1
         while group := list(itertools.islice(same, most)):
             y = np.stack([picture.y for _, picture in group])
-            x = restorer.sample(np.repeat(y, samples, 0), steps, method, seeds * len(y), 2 / levels)
+            x = restorer.sample(np.repeat(y, samples, 0), steps, method, seeds * len(y), 2 / max(levels, 255))
             for (target, picture), images in zip(group, np.split(x, len(y))):
                 write_images(target, images, picture)
                 full_views += bool(meta["masks"] and picture.y[-1].all())
@@ -606,7 +606,7 @@ def restore(options: argparse.Namespace) -> None:
     print(f"{out}: {done} restored, {samples} samples each, by {steps} steps of {method}")
     if bad and not options.skip_bad_images:
         more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise ExportError(f"{bad[0]}{more}; --skip-bad-images leaves them out")
+        raise DiffEMError(f"{bad[0]}{more}; --skip-bad-images leaves them out")
 
 
 # ---- Command line -----------------------------------------------------------------------------------------
@@ -614,7 +614,7 @@ def restore(options: argparse.Namespace) -> None:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise ExportError(message)
+        raise DiffEMError(message)
 
 
 def run(argv: list[str]) -> None:
@@ -648,9 +648,9 @@ def out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or re.search("memory|alloc", str(error).lower()) is not None
 
 
-def exit_code(program, name: str, *errors: type[Exception]) -> int:
-    """Runs a program. Returns its exit code: 2 after one of the errors, or another that the user can mend,
-    which is printed as one line. SIGTERM is as Ctrl-C. Letters that the terminal lacks are escaped."""
+def exit_code(program, name: str) -> int:
+    """Runs a program. Returns its exit code: 2 after an error that the user can mend, which is one line of
+    standard error. SIGTERM is as Ctrl-C. Letters that the terminal lacks are escaped."""
 
     def interrupt(number, frame):
         raise KeyboardInterrupt(number)
@@ -666,7 +666,7 @@ def exit_code(program, name: str, *errors: type[Exception]) -> int:
         return code
     except KeyboardInterrupt as error:
         reason, code = "stopped", 128 + (error.args or [signal.SIGINT])[0]
-    except (OSError, ImportError, *errors) as error:
+    except (OSError, ImportError) as error:
         reason, code = error, 2
         if isinstance(error, BrokenPipeError):
             sys.stdout = open(os.devnull, "w")  # or Python tries once more to write what is left

@@ -78,7 +78,7 @@ def evaluate(options: argparse.Namespace) -> None:
     settings, model = checkpoint.settings, diffem.load(checkpoint, best=options.best, device=device)
     data = diffem.observe(settings)
     y, truth, reference = (
-        torch.cat([data.held_out, diffem.observed(data.y[:number], "cpu")])[:number],
+        torch.cat([data.held_out, diffem.as_float(data.y[:number], "cpu")])[:number],
         data.truth,
         None,
     )

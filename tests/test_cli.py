@@ -383,6 +383,8 @@ def fails(arguments, cwd, monkeypatch, capsys) -> str:
         ("--device tpu", "unknown device 'tpu'"),
         ("--precision float16", "unknown precision 'float16'"),
         ("--compile maybe", "unknown compile 'maybe'"),
+        ("--dataset observations", "give --observations FOLDER"),
+        ("--observations . --crop 8", "no images in"),
         ("--dataset folder --data-dir nowhere", "no folder nowhere"),
         ("--resume runs/nothing", "no checkpoint"),
     ],

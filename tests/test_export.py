@@ -573,7 +573,7 @@ def test_pictures_that_the_model_cannot_take(frozen, tmp_path, monkeypatch, caps
     ],
 )
 def test_bad_observations(restorer, change, message):
-    with pytest.raises(export.ExportError, match=message):
+    with pytest.raises(export.DiffEMError, match=message):
         restorer(change(observations((2, 3, 8, 8))))
 
 

@@ -137,7 +137,7 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path):
     (tmp_path / "y.png").mkdir()
     assert export.find_images(tmp_path) == []
     for name in ("x.png", "y.png"):
-        with pytest.raises(export.ExportError, match="not a regular file"):
+        with pytest.raises(export.DiffEMError, match="not a regular file"):
             export.read_image(tmp_path / name, 3)
 
 
@@ -328,7 +328,7 @@ def test_restoring_to_a_full_disk_leaves_whole_files_only(tmp_path, monkeypatch)
     def full():
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(export.ExportError, match="cannot write .*a_sample1.png .*No space left"):
+    with pytest.raises(export.DiffEMError, match="cannot write .*a_sample1.png .*No space left"):
         export.write_images(tmp_path / "a", y[None, :3], export.Picture(y, 255))
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 import diffem
 import export
-from export import ExportError, find_images, find_mask, read_image, read_mask
+from export import DiffEMError, find_images, find_mask, read_image, read_mask
 
 RNG = np.random.default_rng(0)
 P = RNG.integers(1, 255, (6, 8, 3)).astype(np.uint8)  # a photo, without pure black or white
@@ -185,7 +185,7 @@ def test_read_right(name, write, channels, expected, observed, tmp_path):
 @pytest.mark.parametrize("name, write, channels, message", BAD, ids=[b[0] for b in BAD])
 def test_refused_in_one_line(name, write, channels, message, tmp_path):
     write(tmp_path / name)
-    with pytest.raises(ExportError) as error:
+    with pytest.raises(DiffEMError) as error:
         read_image(tmp_path / name, channels)
     assert name in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
 
@@ -220,7 +220,7 @@ def turned_mask(path):
 def test_masks(name, write, outcome, tmp_path):
     write(tmp_path / name)
     if isinstance(outcome, str):
-        with pytest.raises(ExportError, match=outcome):
+        with pytest.raises(DiffEMError, match=outcome):
             read_mask(tmp_path / name)
         return
     expected = np.kron(K, np.ones((8, 8), bool)) if name == "jpeg.jpg" else K
@@ -255,7 +255,7 @@ def test_the_mask_of_an_image_has_its_name(stem, end, tmp_path):
         pillow(A)(path)
     assert find_mask(image, tmp_path / "img", tmp_path / "mask") == mask
     mask.unlink()
-    with pytest.raises(ExportError, match="0 masks"):
+    with pytest.raises(DiffEMError, match="0 masks"):
         find_mask(image, tmp_path / "img", tmp_path / "mask")
 
 
@@ -625,7 +625,7 @@ def test_images_of_8_bits_are_bytes_in_memory(tmp_path):
         exact = torch.stack([torch.from_numpy(read_image(path, 3, alpha="observations" in own).y)
                              for path in diffem.image_files(settings)])  # fmt: skip
         if "observations" in own:
-            assert torch.equal(diffem.observed(images, "cpu"), exact)
+            assert torch.equal(diffem.as_float(images, "cpu"), exact)
         else:
             assert torch.equal(diffem.values(images), exact[:, :3])
         pillow(SIXTEEN)(tmp_path / "in/deep.png")  # among others: all in floating point then

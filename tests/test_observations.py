@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import diffem
+import export
 from diffem import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +27,7 @@ def settings(folder, **others):
 
 
 def read(settings):
-    return diffem.observed(diffem.read_images(diffem.image_files(settings), settings), "cpu")
+    return diffem.as_float(diffem.read_images(diffem.image_files(settings), settings), "cpu")
 
 
 def pixels(number=40, channels=3):
@@ -77,11 +78,25 @@ def test_grey_of_16_bits(tmp_path):
 def test_the_m_step_draws_the_masks_that_were_observed(tmp_path, generator):
     write_transparent(tmp_path / "in")
     data = diffem.observe(settings(tmp_path / "in", parameters=dict(rate=0.5)))
-    y, corruption = diffem.observed(data.y, "cpu"), data.corruption
+    y, corruption = diffem.as_float(data.y, "cpu"), data.corruption
     assert data.truth is None and len(y) == 38 and len(data.held_out) == 2
     drawn = corruption(torch.randn(500, 3, 8, 8, generator=generator), generator)[:, -1]
     rows = {tuple(mask.flatten().tolist()) for mask in y[:, -1]}
     assert {tuple(mask.flatten().tolist()) for mask in drawn} == rows  # all of them, and no others
+
+
+@pytest.mark.parametrize("corruption", ["jpeg", "noise", "mask"])
+def test_a_model_remembers_that_pixels_were_missing(corruption, tmp_path, monkeypatch):
+    """So that it restores images of the kind that it was trained on, whatever the corruption."""
+    monkeypatch.chdir(tmp_path)
+    write_transparent(tmp_path / "in")
+    own = ["--quality", "20"] if corruption == "jpeg" else []
+    flags = ["--observations", "in", "--corruption", corruption, *own, *FLAGS]
+    assert diffem.main(flags) == 0
+    denoiser, saved = diffem.load("runs/own"), diffem.Checkpoint("runs/own").settings
+    assert export.describe(denoiser, saved, False)["masks"] is True
+    denoiser = diffem.new_denoiser(diffem.Gaussian([3, 8, 8]), diffem.Noise(), diffem.Config(), "cpu")
+    assert export.describe(denoiser, saved, False)["masks"] is False
 
 
 def test_a_smaller_image_is_an_observation_of_a_larger_one(tmp_path):
