@@ -327,7 +327,7 @@ class Linear(Corruption):
         return torch.ones(1, 1, device=y.device)
 
     def known(self, y: Tensor) -> Pair:
-        # A patch of p x p pixels shares its noise: p s in T y. To more than 1e6, float32 cannot add 1 / S
+        # A patch of p x p pixels shares its noise: p s in T y. More than 1e6 would hide 1 / S in float32
         m = y[:, -1:].amin((2, 3), keepdim=True) if self.block == 0 else y[:, -1:]
         k, precision = self.transfer(y), m / max((self.patch * self.noise) ** 2, 1e-6)
         return precision * k**2, precision * k
@@ -1092,7 +1092,6 @@ def e_step(state: State, y: Tensor, config: Config, generator: torch.Generator) 
 
 
 # ---- Settings of a run, presets of the data sets, command line --------------------------------------------
-
 SMALL = dict(channels=(16, 32, 64), blocks=2, steps=1000, ema=0.995, laps=8, sample_batch=256)
 SMALL |= dict(start_rank=64, start_laps=16)
 PHOTOS = SMALL | dict(steps=500, flip=True, first_sample_steps=4, smoothness=3.0, start_laps=8)
@@ -1216,8 +1215,6 @@ def parse(argv: list[str], given: dict, saved: dict) -> Settings:
 
 
 # ---- Data -------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Data:
     """What a run learns from and what it is measured on."""
@@ -1392,8 +1389,6 @@ def read_images(files: list[Path], settings: Settings) -> Tensor:
 
 
 # ---- Metrics and pictures, of held-out observations -------------------------------------------------------
-
-
 def psnr(x: Tensor, x0: Tensor) -> float:
     """Peak signal-to-noise ratio in dB, 10 log10(4^2 / mean |x - x0|^2), averaged over images."""
     return float((10 * torch.log10(16 / (x - x0).square().flatten(1).mean(1))).mean())
@@ -1479,8 +1474,6 @@ def save_picture(path: Path, data: Data, x: Tensor, new: Tensor) -> None:
 
 
 # ---- A run: config.json, checkpoint.pt, metrics.jsonl, lap_NN.png -----------------------------------------
-
-
 def save_checkpoint(folder: Path, state: State, settings: Settings, data: str = "") -> None:
     """Writes checkpoint.pt: tensors and plain types only. data: sha256 of the observations to train on."""
     state.check()

@@ -83,8 +83,6 @@ def replacing(path: Path):
 
 
 # ---- Export -----------------------------------------------------------------------------------------------
-
-
 def onnx_step(denoiser, half: bool, metadata: dict) -> bytes:
     """One step of the sampler as an ONNX file. half: the network computes in float16, the rest in float32,
     since sigma^2 is below what float16 can hold. Changes the denoiser."""
@@ -195,8 +193,6 @@ def export(folder: str, out: str = "", half: bool = False, best: bool = False, c
 
 
 # ---- Images on disk, as training and restoring read them: numpy and Pillow only ---------------------------
-
-
 @dataclass
 class Picture:
     """An image as it was read, and what is needed to write another like it."""
@@ -361,8 +357,6 @@ def jpeg_tables(files: list[Path]) -> dict:
 
 
 # ---- Restore: numpy, Pillow and onnxruntime only ----------------------------------------------------------
-
-
 def sampler(method: str, steps: int, sigma_min: float, sigma_max: float) -> np.ndarray:
     """(steps, 5): sigma_t, a, b, c, d of each step, as `diffem.sampler`."""
     require(method in METHODS, f"unknown method {method}: {', '.join(METHODS)}")
@@ -610,8 +604,6 @@ def restore(options: argparse.Namespace) -> None:
 
 
 # ---- Command line -----------------------------------------------------------------------------------------
-
-
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise DiffEMError(message)
