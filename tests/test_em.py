@@ -104,6 +104,13 @@ def test_a_batch_that_does_not_fit_into_memory_is_halved(monkeypatch):
     monkeypatch.setattr(Denoiser, "sample", small_memory)
     states = [(state.lap, state.drawn) for state in em(y, Mask(0.5), Config(**TINY))]
     assert states[-1] == (2, 40) and sizes == 10 * [8]  # 16, halved once
+
+    def no_memory(model, y, *rest):
+        raise RuntimeError(f"CUDA out of memory for {len(y)}")
+
+    monkeypatch.setattr(Denoiser, "sample", no_memory)
+    with pytest.raises(RuntimeError, match="memory for 1$"):
+        fit(y, Mask(0.5), Config(**TINY))
     monkeypatch.setattr(Denoiser, "sample", lambda *rest: genuine(*rest).view(7))
     with pytest.raises(RuntimeError, match="invalid"):  # other errors are not for us to mend
         fit(y, Mask(0.5), Config(**TINY))

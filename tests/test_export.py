@@ -239,6 +239,20 @@ def test_the_onnx_file(run, restorer):
     )  # fmt: skip
 
 
+def test_pixels_of_float_images_are_kept_below_half_a_grey_level_only(run, tmp_path, monkeypatch):
+    thresholds = []
+
+    def sample(restorer, y, steps, method, seeds, exact):
+        thresholds.append(exact)
+        return y[:, :-1]
+
+    monkeypatch.setattr(Restorer, "sample", sample)
+    np.save(tmp_path / "a.npy", np.full((16, 16, 3), 0.5, np.float32))
+    words = ["restore", run / "model.onnx", tmp_path / "a.npy", "-o", tmp_path / "out"]
+    assert export.main([str(word) for word in words]) == 0
+    assert thresholds == [2 / 255]
+
+
 PLAIN = """
 import sys
 sys.modules["torch"] = sys.modules["export"] = None

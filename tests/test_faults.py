@@ -131,12 +131,22 @@ def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys):
     assert "memory" in error and not (tmp_path / "runs").exists()
 
 
+def test_a_checkpoint_that_does_not_fit_into_memory_is_not_called_bad(run, monkeypatch, capsys):
+    def fail(*rest):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 3 GiB")
+
+    monkeypatch.setattr(diffem, "new_state", fail)
+    monkeypatch.chdir(run.parents[1])
+    assert "out of memory" in fails(["--resume", "runs/one", "--laps", "9"], capsys)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a FIFO")
 def test_what_is_no_regular_file_is_not_opened(tmp_path):
     os.mkfifo(tmp_path / "x.png")
+    os.mkfifo(tmp_path / "z.npy")
     (tmp_path / "y.png").mkdir()
-    assert export.find_images(tmp_path) == []
-    for name in ("x.png", "y.png"):
+    assert export.find_images(tmp_path, arrays=True) == []
+    for name in ("x.png", "y.png", "z.npy"):
         with pytest.raises(export.DiffEMError, match="not a regular file"):
             export.read_image(tmp_path / name, 3)
 

@@ -592,6 +592,9 @@ def test_squares_of_images_of_mixed_sizes(tmp_path, monkeypatch, capsys):
     flags = ["--observations", "in", "--masks", "masks", *TINY]
     assert diffem.main(flags) == 2
     assert "pixels, others " in (error := capsys.readouterr().err) and "--crop" in error
+    for crop in (20, 33, 35):  # of images of 35 pixels or more: a square is not cut smaller than asked for
+        settings = diffem.Settings(dataset="observations", observations="in", crop=crop, held_out=3)
+        assert diffem.squares(diffem.image_files(settings), settings)[0] == max(crop, 32)
     assert diffem.main([*flags, "--crop", "50"]) == 2
     assert "has a side of 35 pixels: take a smaller --crop" in capsys.readouterr().err
     settings = diffem.Settings(dataset="observations", observations="in", masks="masks", crop=20, held_out=3)

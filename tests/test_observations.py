@@ -108,6 +108,14 @@ def test_a_smaller_image_is_an_observation_of_a_larger_one(tmp_path):
     assert diffem.observe(settings(tmp_path, corruption="blur")).corruption.masks is None
 
 
+def test_tables_are_enough_for_jpeg(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_transparent(tmp_path / "in")
+    flags = ["--observations", "in", "--corruption", "jpeg", "--tables", *["9"] * 64, *FLAGS]
+    assert diffem.main(flags) == 0
+    assert diffem.Checkpoint("runs/own").settings.parameters["tables"] == (9,) * 64
+
+
 def test_jpeg_observations_bring_their_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in").mkdir()
