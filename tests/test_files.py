@@ -576,6 +576,14 @@ def test_small_and_odd_sizes_work(size, tmp_path, monkeypatch, capsys):
     assert "NaN" not in (tmp_path / "runs/own/metrics.jsonl").read_text()
 
 
+def test_squares_of_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(b"no image")
+    assert diffem.main(["--observations", "in", "--crop", "8", "--skip-bad-images", *TINY]) == 2
+    assert "none of the images can be read" in capsys.readouterr().err
+
+
 def test_squares_of_images_of_mixed_sizes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     generator, seen = np.random.default_rng(0), set()
