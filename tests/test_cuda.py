@@ -13,16 +13,8 @@ import diffem
 import export
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-TINY = dict(
-    channels=(16, 32),
-    blocks=1,
-    laps=1,
-    steps=20,
-    batch=16,
-    sample_steps=4,
-    sample_batch=32,
-    precision="float32",
-)
+TINY = dict(channels=(16, 32), blocks=1, laps=1, steps=20, batch=16, sample_steps=4, sample_batch=32)
+TINY |= dict(precision="float32")
 
 
 @pytest.fixture(autouse=True)
