@@ -1076,13 +1076,15 @@ def e_step(state: State, y: Tensor, config: Config, generator: torch.Generator) 
     """Draws the next batch of reconstructions. If it does not fit into memory, batches are halved."""
     (rank, size), now = ranks(), slice(state.drawn, state.drawn + ranks()[1] * state.sample_batch)
     batch, x0 = as_float(y[now][rank::size], generator.device), None
+    most = min(state.sample_batch, math.ceil(len(y[now]) / size))  # the same in all processes
     try:
-        x0 = state.model.sample(batch, *config.e_step_sampler(state.lap), generator)
+        how = *config.e_step_sampler(state.lap), generator
+        x0 = state.model.sample(batch, *how) if len(batch) else batch[:, :-1]
     except RuntimeError as error:  # PyTorch has a class of its own for a GPU's memory only
-        if len(batch) == 1 or not export.out_of_memory(error):
+        if most == 1 or not export.out_of_memory(error):
             raise
     if any_rank(x0 is None):
-        state.sample_batch = min(state.sample_batch, len(y[now])) // 2
+        state.sample_batch = most // 2
         return
     state.x0[now] = 0
     state.x0[now][rank::size] = x0
@@ -1530,6 +1532,7 @@ def load(run, corruption: Corruption | None = None, best: bool = False, device="
     name, parameters = checkpoint.settings.corruption, checkpoint.settings.parameters
     known = corruption or name in CORRUPTIONS
     require(known, f"{checkpoint.folder} has its own corruption {name!r}: give it to load() or export()")
+    checkpoint.settings.compile = "off"  # it may be loaded where nothing can be compiled
     state = restore_state(checkpoint, corruption or CORRUPTIONS[name](**parameters), device)
     if best and state.best_weights:
         state.average.load_state_dict(state.best_weights)
@@ -1570,10 +1573,12 @@ def prepare(settings: Settings, folder: Path) -> Data:
         local, cards = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         require(local < cards, f"only {cards} GPUs: a smaller --nproc-per-node, or --device cpu")
         torch.cuda.set_device(local)
+        torch.set_float32_matmul_precision("highest")  # which the Gaussian's DCT needs
     device, data = "cuda" if cuda else "cpu", observe(settings)
     data.digest = hashlib.sha256(data.y.contiguous().numpy()).hexdigest()
-    fits = not cuda or 12 * data.y.numel() < torch.cuda.mem_get_info()[0]  # y, x0 and work on them
-    data.y, data.held_out = data.y.to(device if fits else "cpu"), data.held_out.to(device)
+    need = (3 if data.y.is_floating_point() else 8) * data.y.nbytes  # y, x0 and the work of lap 0
+    full = any_rank(cuda and need >= torch.cuda.mem_get_info()[0])  # in one, so that all have x0 in one place
+    data.y, data.held_out = data.y.to("cpu" if full else device), data.held_out.to(device)
     data.truth = None if data.truth is None else data.truth.to(device)
     shown = {name: value for name, value in settings.parameters.items() if value != ()}
     shown |= dict(quality="of the files", tables="of the files") if "tables" in shown else {}
@@ -1600,7 +1605,7 @@ def train(settings: Settings, data: Data, folder: Path, checkpoint: Checkpoint |
         for state in itertools.chain(first, states):
             done = state.lap - 1 + (state.step / settings.steps + state.drawn / len(data.y)) / 2
             bar.update(max(0, done) - bar.n)
-            if state.step % 20 == 0 and 0 < state.step < settings.steps:
+            if not bar.disable and state.step % 20 == 0 and 0 < state.step < settings.steps:
                 loss = state.losses[state.step - 20 : state.step].mean()
                 bar.set_postfix_str(f"lap {state.lap}, loss {loss:.3f}")
             complete = state.drawn == len(data.y)
@@ -1614,6 +1619,7 @@ def train(settings: Settings, data: Data, folder: Path, checkpoint: Checkpoint |
             if line:
                 bar.write(line)
             if stopping:
+                any_rank(False)  # torchrun ends the first process once another has left: not before it saved
                 bar.write(f"stopped; to continue: python {sys.argv[0]} --resume {folder}")
                 return 128 + (stop or [signal.SIGINT])[0]
     if rank == 0:
@@ -1653,7 +1659,7 @@ def stop_signals():
 
     def receive(number, frame):
         received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL if ranks()[1] == 1 else signal.SIG_IGN)  # torchrun repeats it
 
     with ExitStack() as before:
         with suppress(ValueError):  # only the main thread receives signals
@@ -1678,7 +1684,9 @@ def process_group():
             sys.stderr = sys.stderr if first else open(os.devnull, "w")
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise DiffEMError("another process of this run has died: --resume the last checkpoint") from error
+        reason = " ".join(str(error).split())
+        message = f"another process of this run has died, or cannot be reached ({reason:.200})"
+        raise DiffEMError(message + ": --resume the last checkpoint") from error
 
 
 def run(argv: list[str]) -> int:
@@ -1700,8 +1708,16 @@ def main(argv: list[str] | None = None, **corruptions: type[Corruption]) -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    if dist.is_torchelastic_launched():  # Gloo's threads may outlive the process group and abort Python
+    try:
+        code = main()
+    except BaseException:
+        if not dist.is_torchelastic_launched():
+            raise
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    if (
+        dist.is_torchelastic_launched()
+    ):  # the threads of Gloo and NCCL may outlive the process group, and wait
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

@@ -179,8 +179,8 @@ def export(folder: str, out: str = "", half: bool = False, best: bool = False, c
     message = f"PyTorch {torch.__version__} cannot export this model (2.14 can)"
     with explained(message), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
-        frozen = torch.jit.freeze(torch.jit.script(denoiser), preserved_attrs=["sample"])
-        script = frozen.save_to_buffer()
+        # Not frozen: constants could not be moved to another device
+        script = torch.jit.script(denoiser.requires_grad_(False)).save_to_buffer()
         onnx = onnx_step(copy.deepcopy(denoiser), half, describe(denoiser, settings, half))
         errors = largest_errors(denoiser, script, onnx)
     names, limits = ("model.ts.pt", f"model{'.half' * half}.onnx"), (1e-4, 0.04 if half else 1e-4)
@@ -380,8 +380,8 @@ def cuda_session(session_of):
         ctypes.CDLL(driver)
     built = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
     require(built, "this onnxruntime was built without CUDA: pip install onnxruntime-gpu")
-    # EXHAUSTIVE, the default, would search anew for the last, smaller batch
-    cuda = ("CUDAExecutionProvider", dict(cudnn_conv_algo_search="HEURISTIC"))
+    # EXHAUSTIVE, the default, would search anew for the last, smaller batch; the Gaussian needs all bits
+    cuda = ("CUDAExecutionProvider", dict(cudnn_conv_algo_search="HEURISTIC", use_tf32="0"))
     # preload_dlls prints what it does not find
     with explained("CUDA does not start"), contextlib.redirect_stdout(io.StringIO()):
         onnxruntime.preload_dlls()
@@ -637,7 +637,9 @@ def run(argv: list[str]) -> None:
 
 def out_of_memory(error: Exception) -> bool:
     """PyTorch, CUDA's libraries and onnxruntime have no class in common."""
-    return isinstance(error, MemoryError) or re.search("memory|alloc", str(error).lower()) is not None
+    text = str(error).lower()
+    found = re.search("memory|alloc|unable to find an engine", text) and "illegal" not in text
+    return isinstance(error, MemoryError) or bool(found)
 
 
 def exit_code(program, name: str) -> int:

@@ -208,6 +208,13 @@ except Exception as error:
         torch.testing.assert_close(result, value, atol=1e-5, rtol=1e-5)
 
 
+def test_the_torchscript_file_goes_to_another_device(run):
+    """Nothing in it is bound to the CPU: not its weights, and not what it makes itself."""
+    model = torch.jit.load(run / "model.ts.pt", map_location="meta")
+    x, y = torch.zeros(2, 3, 16, 16, device="meta"), torch.zeros(2, 4, 16, 16, device="meta")
+    assert model(x, torch.ones(2, device="meta"), y).device.type == "meta"
+
+
 def test_the_onnx_file(run, restorer):
     content = (run / "model.onnx").read_bytes()
     assert not re.search(
