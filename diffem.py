@@ -914,7 +914,7 @@ def new_state(x0: Tensor, denoiser: nn.Module, config: Config) -> State:
             denoiser.network.compile()
             average.network.compile()
         except Exception as error:  # no Triton, no C compiler, an old card
-            reason = f"the network cannot be compiled here ({' '.join(str(error).split()):.200})"
+            reason = f"the network cannot be compiled here ({export.in_one_line(error):.200})"
             require(config.compile == "auto", reason + ": --compile off")
             print(reason, file=sys.stderr)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.lr, fused=True)
@@ -1074,7 +1074,8 @@ def augment(x0: Tensor, config: Config, generator: torch.Generator, multiple: in
 
 def e_step(state: State, y: Tensor, config: Config, generator: torch.Generator) -> None:
     """Draws the next batch of reconstructions. If it does not fit into memory, batches are halved."""
-    (rank, size), now = ranks(), slice(state.drawn, state.drawn + ranks()[1] * state.sample_batch)
+    rank, size = ranks()
+    now = slice(state.drawn, state.drawn + size * state.sample_batch)
     batch, x0 = as_float(y[now][rank::size], generator.device), None
     most = min(state.sample_batch, math.ceil(len(y[now]) / size))  # the same in all processes
     try:
@@ -1684,8 +1685,8 @@ def process_group():
             sys.stderr = sys.stderr if first else open(os.devnull, "w")
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        reason = " ".join(str(error).split())
-        message = f"another process of this run has died, or cannot be reached ({reason:.200})"
+        reason = f"{export.in_one_line(error):.200}"
+        message = f"another process of this run has died, or cannot be reached ({reason})"
         raise DiffEMError(message + ": --resume the last checkpoint") from error
 
 

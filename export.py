@@ -59,14 +59,18 @@ def require(condition: bool, message: str) -> None:
         raise DiffEMError(message)
 
 
+def in_one_line(error: BaseException) -> str:
+    """Its message, or the name of its class if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 @contextlib.contextmanager
 def explained(message: str):
-    """Any error becomes an DiffEMError with this message: Pillow, numpy and onnxruntime have many classes."""
+    """Any error becomes a DiffEMError with this message: Pillow, numpy and onnxruntime have many classes."""
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DiffEMError(f"{message}: {reason:.300}") from error
+        raise DiffEMError(f"{message}: {in_one_line(error):.300}") from error
 
 
 @contextlib.contextmanager
