@@ -295,13 +295,11 @@ class Corruption(nn.Module):
         i, j = [torch.arange(n, device=y.device) % self.w.shape[-1] for n in y.shape[-2:]]
         return y[:, -1:] * self.w[:, i][:, :, j], y[:, -1:] * self.slope[:, i][:, :, j]
 
-    def precision(self, y: Tensor) -> Tensor:
-        """w: (B, C + 1, H, W) -> (B, C, H, W)."""
-        return self.known(y)[0].expand_as(y[:, :-1])
-
-    def product(self, y: Tensor) -> Tensor:
-        """h: (B, C + 1, H, W) -> (B, C, H, W)."""
-        return self.known(y)[1] * transform(y[:, :-1], self.block)
+    def information(self, y: Tensor) -> Pair:
+        """w and h: (B, C + 1, H, W) -> both (B, C, H, W)."""
+        w, slope = self.known(y)
+        t = transform(y[:, :-1], self.block)
+        return w.expand_as(t), slope * t
 
     def learn(self, x: Tensor, generator: torch.Generator) -> None:
         """Measures w and h for each channel and coefficient of a block, on x (N, C, H, W) like clean ones."""
@@ -557,7 +555,7 @@ class Gaussian(nn.Module):
         parts = []
         for part in y.split(512):
             part = as_float(part, generator.device)
-            w, h, x = corruption.precision(part), corruption.product(part), self.sample(len(part), generator)
+            (w, h), x = corruption.information(part), self.sample(len(part), generator)
             h = h + w.sqrt() * randn_like(h, generator)
             parts.append(inverse(self.posterior(part, (w, h), x, corruption.block, 64)[0], corruption.block))
         return torch.cat([part.to(y.device) for part in parts])
@@ -805,8 +803,8 @@ class Denoiser(nn.Module):
 
     def posterior(self, xt: Tensor, sigma: Tensor, y: Tensor) -> Pair:
         """G and v, both (B, C, H, W). sigma: (B, 1, 1, 1)."""
-        block, w = self.likelihood.block, self.likelihood.precision(y) + sigma**-2
-        h = self.likelihood.product(y) + transform(xt, block) / sigma**2
+        block, (w, h) = self.likelihood.block, self.likelihood.information(y)
+        w, h = w + sigma**-2, h + transform(xt, block) / sigma**2
         mean, c = self.gaussian.posterior(y, (w, h), self.gaussian.mean, block, 1 if block == 0 else 4)
         if block != 1:  # v = diag T^T c T
             rows, columns = [dct(block, n, c.device).square() for n in c.shape[-2:]]
@@ -1716,9 +1714,7 @@ if __name__ == "__main__":
             raise
         sys.excepthook(*sys.exc_info())
         code = 1
-    if (
-        dist.is_torchelastic_launched()
-    ):  # the threads of Gloo and NCCL may outlive the process group, and wait
-        sys.stdout.flush()
+    if dist.is_torchelastic_launched():
+        sys.stdout.flush()  # the threads of Gloo and NCCL may outlive the process group, and wait
         os._exit(code)
     sys.exit(code)

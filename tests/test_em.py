@@ -236,9 +236,9 @@ def test_unconditional_and_conditional_train_one_network(generator):
     seen = []
 
     class Spy(Mask):
-        def precision(self, y):
+        def information(self, y):
             seen.append((y != 0).flatten(1).any(1).float().mean())
-            return super().precision(y)
+            return super().information(y)
 
     for p, expected in ((0.0, 1.0), (0.9, 0.1)):
         x0, _ = images()

@@ -169,9 +169,9 @@ LINEAR = [Mask(0.5, 0.1), Block(0.5, 0.1), Noise(0.3), Blur(0.8, 0.1), Downsampl
 def test_the_gaussian_posterior_is_the_dense_one(corruption, channels, rank, generator):
     gaussian = smooth_gaussian(channels, generator, rank)
     y = corruption(gaussian.sample(1, generator), generator)
-    w, h = corruption.precision(y), corruption.product(y)
+    wh = corruption.information(y)
     steps = 1 if corruption.block == 0 and not rank else 100
-    t, c = gaussian.posterior(y, (w, h), gaussian.mean, corruption.block, steps)
+    t, c = gaussian.posterior(y, wh, gaussian.mean, corruption.block, steps)
     mean, C = dense_posterior(gaussian, corruption, y)
     torch.testing.assert_close(inverse(t, corruption.block).flatten().double(), mean, atol=2e-3, rtol=1e-3)
     if corruption.block == 0 and not rank:  # T is the basis of S
@@ -217,9 +217,7 @@ def test_the_scale_of_the_networks_output_is_that_of_the_error(generator):
         (Downsample(2, 0.1), 2),
     ):
         y = corruption(x0, generator)
-        t, c = gaussian.posterior(
-            y, (corruption.precision(y), corruption.product(y)), gaussian.mean, corruption.block, 100
-        )
+        t, c = gaussian.posterior(y, corruption.information(y), gaussian.mean, corruption.block, 100)
         ratio = float(((t - diffem.transform(x0, corruption.block)).square() / c).mean())
         assert 1 / tolerance < ratio < tolerance, (type(corruption), ratio)
 
