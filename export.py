@@ -33,6 +33,7 @@ import re
 import signal
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -487,16 +488,18 @@ class Restorer:
 
         xt = np.float32(table[0, 0]) * draw()
         x0 = np.zeros_like(xt)
-        for sigma, a, b, c, d in table.astype(np.float32):
-            level = dict(sigma=np.full(N, sigma), coefficients=np.zeros(4, np.float32))
-            previous, x0, total = x0, np.zeros_like(xt), np.zeros((H, W), np.float32)
-            for (rows, row), (columns, column) in parts:
-                part, weight = xt[..., rows, columns], row[:, None] * column
-                inputs = level | dict(xt=part, y=y[..., rows, columns], x0_previous=part, noise=part)
-                x0[..., rows, columns] += weight * self.session.run(["x0"], inputs)[0]
-                total[rows, columns] += weight
-            x0 /= total
-            xt = a * xt + b * x0 + c * previous + (d * draw() if d else 0)
+        with ThreadPoolExecutor(1) as thread:
+            for sigma, a, b, c, d in table.astype(np.float32):
+                noise = thread.submit(draw) if d else None  # while the model computes
+                level = dict(sigma=np.full(N, sigma), coefficients=np.zeros(4, np.float32))
+                previous, x0, total = x0, np.zeros_like(xt), np.zeros((H, W), np.float32)
+                for (rows, row), (columns, column) in parts:
+                    part, weight = xt[..., rows, columns], row[:, None] * column
+                    inputs = level | dict(xt=part, y=y[..., rows, columns], x0_previous=part, noise=part)
+                    x0[..., rows, columns] += weight * self.session.run(["x0"], inputs)[0]
+                    total[rows, columns] += weight
+                x0 /= total
+                xt = a * xt + b * x0 + c * previous + (d * noise.result() if noise else 0)
         return xt
 
 

@@ -3,7 +3,8 @@
 The M-step is compared with a naive loop (float32, contiguous tensors, Adam one parameter after another)
 and, if diffusers is installed, with a training step of its UNet2DModel of the same channels
 and blocks. The candidates take turns; the median of their times counts. The images are random, 32x32 pixels
-in colour, 75 % of them missing. The lap has 100 steps and redraws --images.
+in colour (--settings '{"image_size": 64}': 64x64), 75 % of them missing. The lap has 100 steps and redraws
+--images.
 """
 
 import time
@@ -12,7 +13,7 @@ import table
 import torch
 from features import measure
 from table import DEVICE
-from timing import diffusers_step, flops_of, medians, named_network, random_state, timed
+from timing import diffusers_step, flops_of, medians, random_state, timed
 
 import diffem
 
@@ -33,14 +34,14 @@ def m_step(text: str, naive: bool = False, **settings):
 
 def compare(text: str, rounds: int, settings: dict) -> list[dict]:
     """A row for each way to train a network."""
-    float32, inputs = settings | dict(precision="float32", compile="off"), torch.zeros(2, 1, 3, 32, 32)
+    float32 = settings | dict(precision="float32", compile="off")
     candidates = {"naive": m_step(text, True, **float32), "float32": m_step(text, **float32)}
     candidates["default"] = m_step(text, **settings)
-    config = table.preset("folder", "mask", **named_network(text) | settings)
-    network = diffem.UNet(10, 3, config)
-    flops = dict.fromkeys(candidates, flops_of(network, *inputs, torch.zeros(1, 4, 32, 32), torch.zeros(1)))
+    state, y, config = random_state(text, **settings)
+    inputs = state.x0, state.x0, y, torch.zeros(1)
+    flops = dict.fromkeys(candidates, flops_of(state.denoiser.network, *inputs))
     try:
-        candidates["diffusers"], flops["diffusers"] = diffusers_step(text, config.batch)
+        candidates["diffusers"], flops["diffusers"] = diffusers_step(text, config.batch, config.image_size)
     except ImportError:
         print("diffusers is not installed: not compared")
     rows, seconds = [], medians(candidates, rounds)
@@ -77,7 +78,7 @@ def main() -> None:
     options, rows = table.parse(__doc__, networks=networks, rounds=9, images=512), []
     for text in options.networks:
         rows += compare(text, options.rounds, options.settings)
-    table.table("M-step on images of 32x32 in colour", rows, vars(options))
+    table.table("M-step on images in colour", rows, vars(options))
     title, rows = lap(options.networks[0], options.images, **dict(steps=100) | options.settings)
     table.table(title, rows, vars(options))
 

@@ -65,29 +65,30 @@ def named_network(text: str) -> dict:
 
 
 def random_state(text: str, number: int = 1, device: str = "cpu", **settings) -> tuple:
-    """A state of a named network, its observations and settings. The images are random, 32x32 pixels in
-    colour, and 75 % of the pixels are missing."""
-    values = named_network(text) | dict(parameters=dict(rate=0.75)) | settings
+    """A state of a named network, its observations and settings. The images are random, in colour, of 32x32
+    pixels unless image_size is given, and 75 % of the pixels are missing."""
+    values = named_network(text) | dict(parameters=dict(rate=0.75), image_size=32) | settings
     settings = preset("folder", "mask", **values)
     generator, corruption = diffem.generator_for(device, 0), diffem.Mask(0.75)
-    x0 = torch.randn(number, 3, 32, 32, generator=generator, device=device).clamp(-2, 2)
-    denoiser = diffem.new_denoiser(diffem.Gaussian([3, 32, 32], power=3.0), corruption, settings, device)
+    shape = [3, settings.image_size, settings.image_size]
+    x0 = torch.randn(number, *shape, generator=generator, device=device).clamp(-2, 2)
+    denoiser = diffem.new_denoiser(diffem.Gaussian(shape, power=3.0), corruption, settings, device)
     state = diffem.new_state(x0, denoiser, settings)
     state.drawn = number
     return state, corruption(x0, generator), settings
 
 
-def diffusers_step(text: str, batch: int) -> tuple:
+def diffusers_step(text: str, batch: int, size: int) -> tuple:
     """A training step of diffusers' UNet2DModel, as a function, and the FLOP of an evaluation."""
     from diffusers import UNet2DModel
 
     channels, blocks = named_network(text).values()
     down, up = ([kind] * len(channels) for kind in ("DownBlock2D", "UpBlock2D"))
     own = dict(norm_num_groups=8, down_block_types=down, up_block_types=up, add_attention=False)
-    model = UNet2DModel(32, 10, 3, block_out_channels=channels, layers_per_block=blocks, **own)
-    flops = flops_of(model, torch.zeros(1, 10, 32, 32), torch.zeros(1))
+    model = UNet2DModel(size, 10, 3, block_out_channels=channels, layers_per_block=blocks, **own)
+    flops = flops_of(model, torch.zeros(1, 10, size, size), torch.zeros(1))
     optimizer = torch.optim.Adam(model.to(DEVICE).parameters())
-    x, t = torch.randn(batch, 10, 32, 32, device=DEVICE), torch.zeros(batch, device=DEVICE)
+    x, t = torch.randn(batch, 10, size, size, device=DEVICE), torch.zeros(batch, device=DEVICE)
 
     def run() -> None:
         optimizer.zero_grad()
