@@ -213,7 +213,8 @@ def run(
     options: argparse.Namespace,
     points: int = 4096,
 ) -> list[dict]:
-    """A row for the first lap that ends in each tenth of the budget of CPU-seconds, without those of the metrics, and for the last."""
+    """A row for the first lap that ends in each tenth of the budget of CPU-seconds, without those of the metrics, and for the
+    last; and one for draws of the last model by --evaluations."""
     floor, rows, aside, tenth, begun = transport(x0[:points], x0[-points:]), [], 0.0, -1, time.process_time()
     first = first_state(y, corruption, config)
     states, seconds = itertools.chain([first], diffem.em(y, corruption, config, first)), options.seconds
@@ -221,24 +222,24 @@ def run(
         from baselines import em_mmps
 
         states = em_mmps(y, corruption, config, 0, first)
+
+    def measure(x: Tensor, **row) -> None:
+        error = (corruption.measure(x, y[: len(x)]) - y[: len(x), :, -1]) / corruption.noise
+        residual = float(error.square().mean().sqrt())
+        cost = transport(x[:points], x0[:points]) - floor
+        rows.append(dict(lap=state.lap, **row, transport=cost, residual=residual))
+        print(json.dumps(rows[-1]), flush=True)
+
     for state in states:
         used = time.process_time() - begun - aside
         if used > seconds:
             break
         if state.drawn == len(y) and (int(10 * used / seconds) > tenth or state.lap == config.laps):
             now, tenth = time.process_time(), int(10 * used / seconds)
-            error = (corruption.measure(state.x0, y) - y[..., -1]) / corruption.noise
-            cost = transport(state.x0[:points], x0[:points]) - floor
-            rows.append(
-                {
-                    "lap": state.lap,
-                    "CPU-s": used,
-                    "transport": cost,
-                    "residual": float(error.square().mean().sqrt()),
-                }
-            )
-            print(json.dumps(rows[-1]), flush=True)
+            measure(state.x0, **{"CPU-s": used})
             aside += time.process_time() - now
+    generator = generator_for("cpu", config.seed, 0, 3)
+    measure(state.draw(y[:points], options.evaluations, "ddpm", generator), evaluations=options.evaluations)
     return rows
 
 
@@ -256,6 +257,9 @@ def main() -> None:
     parser.add_argument("--laps", type=int, default=60, help="EM iterations (default: 60)")
     parser.add_argument(
         "--guided", action="store_true", help="EM-MMPS in place of DiffEM, with the same laps"
+    )
+    parser.add_argument(
+        "--evaluations", type=int, default=64, help="of the last model's own draws (default: 64)"
     )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
