@@ -81,6 +81,11 @@ def torch_seeded_by(generator: torch.Generator):
         yield
 
 
+def at_most(number: int, image: Tensor) -> int:
+    """So many images of a size, or fewer, to limit what they take at once: 2^23 values."""
+    return min(number, max(1, 2**23 // image.numel()))
+
+
 def randn_like(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(x.shape, generator=generator, device=x.device)
 
@@ -553,7 +558,7 @@ class Gaussian(nn.Module):
         """x ~ p(x | y) for each of y (N, C + 1, H, W), exact where w is: the posterior mean, with a sample in
         place of the mean and h + w^(1/2) eps in place of h (Papandreou & Yuille 2010)."""
         parts = []
-        for part in y.split(512):
+        for part in y.split(at_most(512, y[0])):
             part = as_float(part, generator.device)
             (w, h), x = corruption.information(part), self.sample(len(part), generator)
             h = h + w.sqrt() * randn_like(h, generator)
@@ -627,11 +632,12 @@ def fit_start(y: Tensor, corruption: Corruption, config: Config, generator: torc
     fit to the draws, repeat. What no observation shows keeps the law of the spectrum."""
     shape, rank = [y.shape[1] - 1, *y.shape[2:]], 0 if config.smoothness else config.start_rank
     gaussian = Gaussian(shape, rank, config.smoothness).to(generator.device)
-    y = as_float(y[: 4096 if rank else 512], generator.device)
+    few = at_most(512, y[0])
+    y = as_float(y[: 8 * few if rank else few], generator.device)
     x = interpolate(y, gaussian.mean)[:, :-1]
     gaussian.mean += x.mean((0, 2, 3))[:, None, None]
     gaussian.scale *= transform(x - gaussian.mean, 0).square().mean((0, 2, 3))[:, None, None]
-    x = gaussian.sample(512, generator)
+    x = gaussian.sample(few, generator)
     for _ in range(config.start_laps):
         corruption.learn(x, generator)
         x = gaussian.draw(y, corruption, generator)
@@ -917,7 +923,7 @@ def new_state(x0: Tensor, denoiser: nn.Module, config: Config) -> State:
             print(reason, file=sys.stderr)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.lr, fused=True)
     losses = torch.zeros(config.steps, device=device)
-    return State(x0, denoiser, average, optimizer, losses, config.sample_batch)
+    return State(x0, denoiser, average, optimizer, losses, at_most(config.sample_batch, x0[0]))
 
 
 def fit(y: Tensor, corruption: Corruption, config: Config, device=None) -> Denoiser:
@@ -982,7 +988,7 @@ def first_state(y: Tensor, corruption: Corruption, config: Config, generator: to
     x0 = start.draw(y, corruption, generator)
     x0 = x0.half() if x0.is_cuda else x0  # to save memory of the GPU
     gaussian = Gaussian(list(x0.shape[1:]), power=1.0).to(generator.device)
-    gaussian.fit(random_images(x0, 4096, generator), generator)
+    gaussian.fit(random_images(x0, 8 * at_most(512, x0[0]), generator), generator)
     if ranks()[1] > 1:  # one denoiser for all processes
         for buffer in (*gaussian.state_dict().values(), *corruption.state_dict().values()):
             dist.broadcast(buffer, 0)
@@ -1158,6 +1164,11 @@ class Settings(Config):
             ok = self.dataset in names or not getattr(self, name)
             require(ok, f"--{name.replace('_', '-')} is for --dataset {' or '.join(names)}")
 
+    def number_to_read(self) -> int | None:
+        """--limit and those to hold out: --held-out, or a fifth of all, at most 256."""
+        held_out = self.held_out or max(2, min(256, self.limit // 4))
+        return self.limit + held_out if self.limit else None
+
 
 def parameters_of(corruption: type[Corruption]) -> dict:
     """The arguments of a corruption with their defaults."""
@@ -1263,7 +1274,7 @@ def load_images(settings: Settings) -> tuple[Tensor, Tensor]:
     name, n, limit = settings.dataset, settings.held_out, settings.limit
     generator, few = generator_for("cpu", settings.seed, 0, 4), "images are too few to hold out"
     if name in ("folder", "observations"):
-        files, wanted = image_files(settings), limit + n if limit else None
+        files, wanted = image_files(settings), settings.number_to_read()
         order = torch.randperm(len(files), generator=generator).tolist()
         images = read_images([files[i] for i in order[:wanted]], settings)[:wanted]
         n = n or max(2, min(256, len(images) // 5))
@@ -1330,7 +1341,7 @@ def squares(files: list[Path], settings: Settings) -> tuple[int, int, int]:
     require(side >= settings.crop, f"{smallest} has a side of {side} pixels: take a smaller --crop")
     if side > 16:  # the blocks of JPEG stay in place
         side = max(side - side % 16, settings.crop)
-    each = math.ceil((settings.limit + settings.held_out) / len(files)) if settings.limit else 10**9
+    each = math.ceil(settings.number_to_read() / len(files)) if settings.limit else 10**9
     return side, each, sum(min(each, (H // side) * (W // side)) for H, W in sizes.values())
 
 
@@ -1376,7 +1387,7 @@ def read_images(files: list[Path], settings: Settings) -> Tensor:
         if y.dtype != images.dtype:  # 8 bits and others
             images, y = (as_float(v, v.device) if own else values(v) for v in (images, y))
         images[done : done + len(y)] = y
-        done, picture.y = done + len(y), None  # the rest is for the line below
+        done, picture.y, picture.extra = done + len(y), None, {}  # the rest is for the line below
         pictures.append(picture)
     require(len(pictures) > 0, "none of the images can be read")
     images = images[:done]

@@ -33,6 +33,7 @@ import re
 import signal
 import sys
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,12 +104,13 @@ def onnx_step(denoiser, half: bool, metadata: dict) -> bytes:
     if half:
         network.half().emb.float()  # float16 is too coarse for the sines of `emb`
         network.register_forward_pre_hook(lambda network, xs: (*[x.half() for x in xs[:3]], xs[3]))
-    C, H, W = denoiser.x_shape
+    least = metadata["multiple"] + 1
+    C, H, W = denoiser.x_shape[0], *(max(n, least) for n in denoiser.x_shape[1:])
     xt, previous, noise = torch.zeros(3, 2, C, H, W)  # one tensor for all three would be taken for one input
     inputs = xt, torch.ones(2), torch.zeros(2, C + 1, H, W), torch.ones(4), previous, noise
     # Without these, PyTorch would find out that smaller images differ, and trace the model a second time
-    least = dict(batch=0, height=metadata["multiple"] + 1, width=metadata["multiple"] + 1)
-    batch, height, width = (torch.export.Dim(name, min=n) for name, n in least.items())
+    sizes = dict(batch=0, height=least, width=least)
+    batch, height, width = (torch.export.Dim(name, min=n) for name, n in sizes.items())
     image = {0: batch, 2: height, 3: width}
     options = dict(dynamic_shapes=(image, {0: batch}, image, {}, image, image), output_names=["xs", "x0"])
     step = Step(dict(denoiser=denoiser)).eval()
@@ -181,7 +183,7 @@ def export(folder: str, out: str = "", half: bool = False, best: bool = False, c
     settings, denoiser = checkpoint.settings, diffem.load(checkpoint, corruption, best)
     denoiser.bfloat16, out = False, Path(out or folder)  # the files compute in float32
     out.mkdir(parents=True, exist_ok=True)
-    message = f"PyTorch {torch.__version__} cannot export this model (2.14 can)"
+    message = f"cannot export this model by PyTorch {torch.__version__} (2.14 can, with onnx and onnxscript)"
     with explained(message), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
         # Not frozen: constants could not be moved to another device
@@ -208,11 +210,12 @@ class Picture:
     suffix: str = ".png"  # of what is written
     soft: float = 0.0  # the fraction of half transparent pixels, which are missing
     extra: dict = field(default_factory=dict)  # colour profile, resolution and EXIF, for Pillow's save
+    doubt: str = ""  # why the model may not suit it
 
 
 def find_images(folder: Path, arrays: bool = False, ignore: Path | None = None) -> list[Path]:
     """The image files, and the .npy files if wanted, at any depth of a folder. Hidden files, hidden folders,
-    folders `runs` and the folder `ignore` are left out; a linked folder is followed once."""
+    folders `runs` and `restored`, and the folder `ignore` are left out; a linked folder is followed once."""
     from PIL import Image
 
     suffixes = [suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN]
@@ -221,7 +224,8 @@ def find_images(folder: Path, arrays: bool = False, ignore: Path | None = None) 
     for root, folders, names in os.walk(folder, followlinks=True):
         new = os.path.realpath(root) not in seen
         seen.add(os.path.realpath(root))
-        folders[:] = sorted(name for name in folders if new and name[0] != "." and name != "runs")
+        ours = "runs", "restored"
+        folders[:] = sorted(name for name in folders if new and name[0] != "." and name not in ours)
         paths = (Path(root, name) for name in names if new and name[0] != ".")
         found += [path for path in paths if path.suffix.lower() in suffixes and path.is_file()]
     return sorted(found)
@@ -291,6 +295,8 @@ def open_image(path: Path):
         ok = file.mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "F")
         ok = ok or file.mode.startswith("I;16") or file.mode == "I" and file.format == "PNG"
         require(ok, f"mode {file.mode} is not supported: save it as grey or RGB of 8 bits")
+        inverted = file.format == "TIFF" and file.mode[0] in "FI" and file.tag_v2.get(262) == 0
+        require(not inverted, "0 is white in this TIFF: save it with 0 as black")
         return ImageOps.exif_transpose(file)
 
 
@@ -301,9 +307,12 @@ def read_pixels(path: Path, channels: int, alpha: bool, resize) -> Picture:
         require(values.ndim == 3 and values.shape[2] == channels, f"it is an array {values.shape}")
         return Picture(values, 1, channels == 1, ".npy")
     image = open_image(path)
-    extra = {name: image.info[name] for name in ("icc_profile", "dpi", "exif") if image.info.get(name)}
-    extra.pop("icc_profile" if image.mode == "CMYK" else "", None)  # what is written is RGB
-    like = dict(grey=channels == 1 or image.mode[0] in "1LIF", extra=extra)
+    info, grey = image.info, image.mode[0] in "1LIF"
+    # Not the profile of colours that are written as other ones, nor the 0 / 0 of some TIFF
+    kept = dict(icc_profile=image.mode != "CMYK" and (grey or channels > 1), exif=True)
+    kept["dpi"] = all(0 < n < 1e6 for n in info.get("dpi", ()))
+    extra = {name: info[name] for name, keep in kept.items() if keep and info.get(name)}
+    like = dict(grey=channels == 1 or grey, extra=extra)
     if image.mode[0] not in "FI":
         image = image.convert("RGBA")  # what is transparent by a palette or a colour, too
         image = image.convert("LA") if channels == 1 else image
@@ -350,15 +359,30 @@ def jpeg_tables(files: list[Path]) -> dict:
     from PIL import Image, JpegImagePlugin
 
     found = {}
-    for path in (path for path in files if path.suffix.lower() in (".jpg", ".jpeg")):
-        with contextlib.suppress(OSError), Image.open(path) as file:  # what cannot be read is reported later
-            tables = tuple(q for table in file.quantization.values() for q in table)
-            found.setdefault((tables, max(0, JpegImagePlugin.get_sampling(file))), str(path))
-    names = ", ".join(found.values())
-    require(len(found) > 0, "none of the observations is a JPEG file: give --quality or --tables")
-    require(len(found) == 1, f"JPEG of different tables, {names}: give --quality, or sort them")
-    tables, subsampling = next(iter(found))
+    for path in files:
+        # What cannot be read is reported later
+        with contextlib.suppress(OSError, Image.DecompressionBombError), Image.open(path) as file:
+            if file.format in ("JPEG", "MPO"):
+                used = list(dict.fromkeys(layer[3] for layer in file.layer))
+                tables = tuple(q for i in used for q in file.quantization[i])
+                colours, sampling = len(file.layer), JpegImagePlugin.get_sampling(file)
+                ok = len(used) < 3 and (colours == 1 or colours == 3 and sampling >= 0)
+                ok = ok and file.getexif().get(0x0112, 1) == 1  # else its blocks are turned with the image
+                found.setdefault((tables, max(0, sampling), ok), str(path))
+    names, how = ", ".join(found.values()), "give --quality and --subsampling"
+    require(len(found) > 0, f"none of the observations is a JPEG file: {how}, or --tables")
+    require(len(found) == 1, f"JPEG of different kinds, {names}: {how}, or sort them")
+    tables, subsampling, ok = next(iter(found))
+    require(ok, f"{names} is turned by EXIF, or its colours are CMYK or subsampled unusually: save it anew")
     return dict(tables=tables, subsampling=subsampling)
+
+
+def same_jpeg(path: Path, parameters: dict) -> bool:
+    """Has a file the quantisation tables and the subsampling that these parameters have?"""
+    with contextlib.suppress(DiffEMError):
+        found = jpeg_tables([path])
+        return json.dumps(found) == json.dumps({name: parameters[name] for name in found})
+    return False
 
 
 # ---- Restore: numpy, Pillow and onnxruntime only ----------------------------------------------------------
@@ -408,7 +432,7 @@ class Restorer:
 
         require(device in ("auto", "cuda", "cpu"), f"unknown device {device}: auto, cuda or cpu")
         content = path if isinstance(path, bytes) else Path(path).read_bytes()
-        found = SHA256.search(content) is not None
+        path, found = "the model" if content is path else path, SHA256.search(content) is not None
         require(found, f"{path} is not a model written by export.py, or not a whole one")
         require(sealed(content) == content, f"{path} is damaged: its sha256 is not the one recorded in it")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -453,7 +477,8 @@ class Restorer:
         ok = y.ndim == 4 and y.shape[1] == C + 1 and len(y) > 0
         require(ok, f"observations must be (N, {C + 1}, H, W), not {y.shape}")
         (H, W), m = y.shape[2:], y[:, -1:]
-        require(np.isfinite(y).all(), "the observations have values that are not finite")
+        ok = np.abs(y).max() < 30  # False for NaN, too
+        require(ok, "the observations must be finite numbers, black -2 and white 2")
         require(np.isin(m, (0, 1)).all(), "the last channel of the observations must be 0 or 1")
         require((y == y * m).all(), "where the last channel of y is 0, the others must be 0 too")
         if meta["masks"]:  # what is added was not observed, and is cut off in the end
@@ -505,9 +530,10 @@ class Restorer:
 
 def tiles(n: int, grid: int = 16) -> list[tuple[slice, np.ndarray]]:
     """Parts of a side of n pixels, about TILE long from multiples of `grid` on, with weights of pixels."""
-    number = max(1, -(-(n - OVERLAP) // (TILE - OVERLAP)))
-    first = [grid * round(i * (n - TILE) / max(1, number - 1) / grid) for i in range(number)]
-    last = [start + TILE for start in first[:-1]] + [n]
+    step = max(1, (TILE - OVERLAP) // grid) * grid
+    length, number = step + OVERLAP, max(1, -(-(n - OVERLAP) // step))
+    first = [grid * round(i * (n - length) / max(1, number - 1) / grid) for i in range(number)]
+    last = [start + length for start in first[:-1]] + [n]
     parts = []
     for i, (start, stop) in enumerate(zip(first, last)):
         near = np.arange(stop - start) + 0.5  # to the edges; a quarter of the overlap is not used at all
@@ -571,6 +597,10 @@ def observations(files: dict, metadata: dict, options: argparse.Namespace, bad: 
             ok = metadata["masks"] or min(H, W) * factor >= least
             require(ok, f"{path} has {H}x{W} pixels: the model takes {least}x{least} or more")
             picture.y = picture.y.repeat(factor, 1).repeat(factor, 2)  # y has the size of x
+            if metadata["masks"] and picture.y[-1].all():
+                picture.doubt = "no pixel is missing: alpha, NaN or --masks?"
+            if metadata["parameters"].get("tables") and not same_jpeg(path, metadata["parameters"]):
+                picture.doubt = "the model was trained on JPEG files of another quality"
             yield target, picture
         except DiffEMError as error:
             bad.append(str(error))
@@ -578,12 +608,13 @@ def observations(files: dict, metadata: dict, options: argparse.Namespace, bad: 
 
 def restore(options: argparse.Namespace) -> None:
     """Restores image files. The result for an image does not depend on the others. Those that cannot be read
-    are named in the end, and raise DiffEMError unless they may be skipped."""
+    are counted in the end, and raise DiffEMError unless they may be skipped."""
     restorer, out, samples = Restorer(options.model, options.device), Path(options.out), options.samples
-    meta, bad, done, full_views = restorer.metadata, [], 0, 0
+    meta, bad, done, doubts = restorer.metadata, [], 0, Counter()
     steps, method = options.steps or meta["steps"], options.method or meta["method"]
     sampler(method, steps, 1, 2)  # raises if there is no such method or number
     require(1 <= samples <= 1000 and options.seed >= 0, "--samples must be from 1 to 1000, --seed at least 0")
+    require(options.masks or not options.invert_masks, "--invert-masks needs --masks")
     files = targets(options.inputs, out)
     out.mkdir(parents=True, exist_ok=True)
     if options.device == "auto" and restorer.no_cuda:
@@ -597,17 +628,19 @@ def restore(options: argparse.Namespace) -> None:
             x = restorer.sample(np.repeat(y, samples, 0), steps, method, seeds * len(y), 2 / max(levels, 255))
             for (target, picture), images in zip(group, np.split(x, len(y))):
                 write_images(target, images, picture)
-                full_views += bool(meta["masks"] and picture.y[-1].all())
+                doubts[picture.doubt] += 1
             done += len(group)
             if sys.stderr.isatty():
                 print(f"\r{done} of {len(files)} ", end="", file=sys.stderr, flush=True)
-    if full_views:
-        where = f"{full_views} of {len(files)} images"
-        print(f"no pixel is missing in {where}: alpha, NaN or --masks?", file=sys.stderr)
+    for doubt, number in doubts.items():
+        if doubt:
+            print(f"{number} of {len(files)} images: {doubt}", file=sys.stderr)
     print(f"{out}: {done} restored, {samples} samples each, by {steps} steps of {method}")
-    if bad and not options.skip_bad_images:
-        more = f", and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise DiffEMError(f"{bad[0]}{more}; --skip-bad-images leaves them out")
+    left_out = ", and ".join(bad[:1] + [f"{len(bad) - 1} more"] * (len(bad) > 1))
+    if bad and options.skip_bad_images and done:
+        print(f"left out: {left_out}", file=sys.stderr)
+    elif bad:
+        raise DiffEMError(f"{left_out}; --skip-bad-images leaves them out")
 
 
 # ---- Command line -----------------------------------------------------------------------------------------

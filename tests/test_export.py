@@ -583,12 +583,52 @@ def test_pictures_that_the_model_cannot_take(frozen, tmp_path, monkeypatch, caps
     assert export.main(["restore", model, "plain.png", "--device", "cpu"]) == 0
 
 
+def test_what_may_not_suit_the_model_is_said(frozen, tmp_path, monkeypatch, capsys):
+    """A JPEG model was trained on one quality. What is left out is counted."""
+    monkeypatch.chdir(tmp_path)
+    pixels = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    for name, quality in (("same", 20), ("other", 60)):
+        pixels.save(f"{name}.jpg", quality=quality)
+    pixels.save("png.png")
+    content = (frozen("jpeg") / "model.onnx").read_bytes()
+    known = export.jpeg_tables([tmp_path / "same.jpg"]) | dict(quality=20)
+    Path("model.onnx").write_bytes(rewritten(content, "parameters", known))
+    command = ["restore", "model.onnx", "--steps", "1", "--samples", "1", "--device", "cpu"]
+    assert export.main([*command, "same.jpg"]) == 0 and capsys.readouterr().err == ""
+    assert export.main([*command, "same.jpg", "other.jpg", "png.png"]) == 0
+    assert (
+        capsys.readouterr().err == "2 of 3 images: the model was trained on JPEG files of another quality\n"
+    )
+    Path("broken.jpg").write_bytes(b"x")
+    assert export.main([*command, "same.jpg", "broken.jpg", "--skip-bad-images"]) == 0
+    assert capsys.readouterr().err.startswith("left out: broken.jpg")
+    assert "broken.jpg" in fails(capsys, *command, "broken.jpg", "--skip-bad-images")
+    assert "--masks" in fails(capsys, *command, "same.jpg", "--invert-masks")
+
+
+def test_what_pillow_could_not_write_again_is_dropped(tmp_path):
+    """A resolution of 0 / 0; the profile of colours that are read as grey."""
+    image = Image.fromarray(np.full((4, 4, 3), 90, np.uint8))
+    image.save(tmp_path / "a.tif", tiffinfo={282: 0, 283: 0, 296: 2}, icc_profile=b"p" * 99)
+    for channels, profile in ((3, b"p" * 99), (1, None)):
+        picture = export.read_image(tmp_path / "a.tif", channels)
+        assert "dpi" not in picture.extra and picture.extra.get("icc_profile") == profile
+        export.write_images(tmp_path / "b", picture.y[None, :-1], picture)
+    Image.open(tmp_path / "b_sample1.png").load()
+
+
+def test_images_smaller_than_the_network_halves(tmp_path):
+    restorer = exported(make_run(tmp_path / "small", (3, 2, 3), channels=(8, 8, 8)))
+    assert restorer(observations((1, 3, 2, 3))).shape == (1, 3, 2, 3)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
         (lambda y: y[:, 1:], r"must be \(N, 4, H, W\), not \(2, 3, 8, 8\)"),
         (lambda y: y[0], r"not \(4, 8, 8\)"),
-        (lambda y: np.where(y == y[0, 0, 0, 0], np.nan, y), "not finite"),
+        (lambda y: np.where(y == y[0, 0, 0, 0], np.nan, y), "must be finite numbers"),
+        (lambda y: y * np.array([100, 100, 100, 1]).reshape(1, 4, 1, 1), "black -2 and white 2"),
         (lambda y: y * 0.5, "must be 0 or 1"),
         (lambda y: np.concatenate([y[:, :-1] + 0.1, y[:, -1:]], 1), "the others must be 0 too"),
     ],

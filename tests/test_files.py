@@ -3,6 +3,8 @@
 import io
 import os
 import struct
+import subprocess
+import sys
 import threading
 import zipfile
 import zlib
@@ -151,6 +153,8 @@ BAD = [
     ("negative.tif", pillow(F - 0.5), 1, "from 0 to 1"),
     ("int32.tif", pillow(G.astype(np.int32) * 1000), 1, "mode I is not supported"),
     ("lab.tif", pillow(P, "LAB"), 3, "mode LAB"),
+    ("white is 0.tif", pillow(SIXTEEN, tiffinfo={262: 0}), 1, "0 is white"),
+    ("float white is 0.tif", pillow(F, tiffinfo={262: 0}), 1, "0 is white"),
     ("bytes.npy", array(P), 3, "from 0 to 1"),
     ("counts.npy", array(P * 1000.0), 3, "from 0 to 1"),
     ("four channels.npy", array(np.dstack([P, A]) / 255), 3, "array"),
@@ -229,7 +233,7 @@ def test_masks(name, write, outcome, tmp_path):
 
 def test_which_files_of_a_folder_are_images(tmp_path):
     for name in ("a.png", "deep/er/b.JPG", "._a.png", ".ipynb_checkpoints/a.png", "deep/.thumbnails/x.png", "out/a.png",
-                 "runs/one/lap_00.png", "deep/runs/x.png", "notes.txt", "c.npy"):  # fmt: skip
+                 "runs/one/lap_00.png", "deep/runs/x.png", "restored/a_mean.png", "notes.txt", "c.npy"):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "deep/round").symlink_to(tmp_path, target_is_directory=True)
@@ -512,6 +516,13 @@ def test_tiles_cover_a_side_and_overlap():
             weights[part] += weight
         assert weights.min() >= 0.9 and (len(parts) == 1) == (n <= export.TILE)
         assert all(a.stop - b.start >= 48 for (a, _), (b, _) in zip(parts, parts[1:]))
+    for grid in range(1, 130):  # as of a downsampling by 3, 11, ...
+        for n in (300, 953, 2281, 2744):
+            parts = [part for part, _ in export.tiles(n, grid)]
+            assert (
+                parts[0].start == 0 and parts[-1].stop == n and all(part.start % grid == 0 for part in parts)
+            )
+            assert all(a.stop - b.start >= export.OVERLAP for a, b in zip(parts, parts[1:])), (grid, n)
 
 
 @pytest.mark.parametrize("size", [(128, 100), (70, 260)])
@@ -532,6 +543,73 @@ def test_a_large_image_in_tiles_is_the_image_at_once(size, models, monkeypatch):
     tiled = restorer(y, steps=6, method="ddim")
     difference = np.abs(tiled - whole)
     assert difference.max() < 0.1 and difference.mean() < 0.01, (difference.max(), difference.mean())
+
+
+def test_memory_of_lap_0_does_not_grow_with_the_size_of_images(tmp_path):
+    """Few large images need few draws of the start: 4,096 of 256x256 would be 1 GB a copy."""
+    program = f"""
+import resource, sys
+sys.path.insert(0, {str(Path(diffem.__file__).parent)!r})
+import diffem, torch
+y = diffem.Mask(0.5)(torch.zeros(4, 1, 256, 256), torch.Generator().manual_seed(0))
+config = diffem.Config(channels=(8,), smoothness=3.0, start_laps=1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+state = next(diffem.em(y, diffem.Mask(0.5), config))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, state.sample_batch)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    kilobytes, batch = map(int, done.stdout.split())
+    assert kilobytes < 1.2e6 and batch == 128
+
+
+def test_limit_is_the_number_to_train_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder_of(tmp_path / "in", KINDS["8 bits in colour"][0], "png", 40)
+    flags = [word for word in TINY if word not in ("--held-out", "4")]
+    for limit in (5, 11, 30):
+        assert diffem.main(["--observations", "in", "--limit", str(limit), *flags[:-1], f"l{limit}"]) == 0
+        assert f": {limit} observations" in capsys.readouterr().out
+
+
+# ---- Kinds of JPEG
+
+
+def jpeg(**options):
+    return pillow(np.kron(P, np.ones((4, 4, 1), np.uint8)), format="JPEG", **options)
+
+
+def other_order(path):
+    """The same file, in which the table of the colours is the first."""
+    jpeg(quality=30)(path)
+    content = path.read_bytes()
+    start = content.index(b"\xff\xdb")
+    assert content[start + 69 : start + 71] == b"\xff\xdb"  # two segments of 69 bytes
+    grey, colours = content[start : start + 69], content[start + 69 : start + 138]
+    path.write_bytes(content[:start] + colours + grey + content[start + 138 :])
+
+
+@pytest.mark.parametrize(
+    "name, write, message",
+    [
+        ("a.jpg", jpeg(quality=30), ""),
+        ("a.jfif", jpeg(quality=30), ""),
+        ("a.jpg", other_order, ""),
+        ("a.jpg", pillow(P, format="PNG"), "none of the observations is a JPEG file"),
+        ("a.jpg", lambda path: turned(6, T.ROTATE_90)(path), "turned by EXIF"),
+        ("a.jpg", jpeg(mode="CMYK"), "CMYK"),
+        ("a.jpg", lambda path: path.write_bytes(b"x"), "none of the observations"),
+    ],
+)
+def test_the_quantisation_tables_of_a_file(name, write, message, tmp_path):
+    write(tmp_path / name)
+    if message:
+        with pytest.raises(DiffEMError, match=message):
+            export.jpeg_tables([tmp_path / name])
+    else:
+        found = export.jpeg_tables([tmp_path / name])
+        jpeg(quality=30)(tmp_path / "plain.jpg")
+        tables = Image.open(tmp_path / "plain.jpg").quantization
+        assert found == dict(tables=(*tables[0], *tables[1]), subsampling=2)
 
 
 def test_more_images_than_fit_into_memory_are_refused_after_the_first(tmp_path, monkeypatch, capsys):

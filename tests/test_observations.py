@@ -129,7 +129,7 @@ def test_jpeg_observations_bring_their_tables(tmp_path, monkeypatch, capsys):
     Image.fromarray(value).save(tmp_path / "in" / "0.jpg", quality=50)
     capsys.readouterr()
     assert diffem.main(flags) == 2
-    assert re.search(r"JPEG of different tables, in/0.jpg, in/1.jpg", capsys.readouterr().err)
+    assert re.search(r"JPEG of different kinds, in/0.jpg, in/1.jpg", capsys.readouterr().err)
     for path in (tmp_path / "in").iterdir():
         Image.open(path).save(path.with_suffix(".png"))
         path.unlink()
