@@ -69,7 +69,7 @@ def generator_for(device, *key: int) -> torch.Generator:
 
 
 def on_cpu(generator: torch.Generator) -> torch.Generator:
-    """The generator, or one of the same seed on the CPU: reading a number from a GPU would wait for it."""
+    """The generator, or one on the CPU, seeded by its seed: reading a number from a GPU would wait for it."""
     return generator if generator.device.type == "cpu" else generator_for("cpu", generator.initial_seed())
 
 
@@ -146,7 +146,9 @@ class Config:
     method: str = setting("sde2m", "sampler", choices=METHODS)
     first_method: str = setting("ddpm", "sampler of E-steps in the first half of the laps", choices=METHODS)
     sample_steps: int = setting(8, "evaluations to restore an image", 1, 1e5)
-    first_sample_steps: int = setting(16, "the same in lap 1, growing to --sample-steps; 0: constant", 0, 1e5)
+    first_sample_steps: int = setting(
+        16, "the same in lap 1, growing to --sample-steps if that is more; 0: that", 0, 1e5
+    )
     sample_batch: int = setting(512, "images sampled at once; halved where memory is short", 1)
     unconditional_steps: int = setting(32, "evaluations to sample a new image", 1, 1e5)
     smoothness: float = setting(0.0, "power of the start's spectrum, then fitted; 0: a low rank", 0, 6)
@@ -254,7 +256,7 @@ class Corruption(nn.Module):
         super().__init__()
         for name, value in parameters.items():
             low, high = self.limits.get(name, (value, value))
-            message = f"--{name} must be from {low} to {high}, not {value}"
+            message = f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}"
             if name == "noise" and value > 4:
                 message += f": {value:g} of 255 grey levels are {value * 4 / 255:.2g} here"
             require(low <= value <= high, message)
@@ -284,7 +286,10 @@ class Corruption(nn.Module):
         if self.masks is None:
             return self.observe(x, self.mask(x, generator), generator)
         i = torch.randint(len(self.masks), (len(x),), generator=generator, device=x.device)
-        m = F.interpolate(self.masks[i].to(x.dtype), size=x.shape[2:], mode="nearest")  # of crops and copies
+        size = [
+            n // self.multiple for n in x.shape[2:]
+        ]  # of crops and copies; what is observed together stays
+        m = F.interpolate(F.interpolate(self.masks[i].to(x.dtype), size=size), size=x.shape[2:])  # nearest
         return self.observe(x, m, generator)
 
     def observe(self, x: Tensor, m: Tensor, generator: torch.Generator) -> Tensor:
@@ -316,7 +321,7 @@ class Corruption(nn.Module):
         # The best linear estimate of t from u is  E[t u] / E[u^2] u,  and its error
         #     E[t^2] - E[t u]^2 / E[u^2] = 1 / (1 / E[t^2] + w)
         moments = [v.view(N, C, H // n, n, W // n, n).mean((0, 2, 4)) for v in (t * t, t * u, u * u)]
-        tt, tu, uu = (moment.clamp_min(1e-9) for moment in moments)
+        tt, tu, uu = moments[0].clamp_min(1e-9), moments[1], moments[2].clamp_min(1e-9)
         precision = 1 / (tt - tu**2 / uu).clamp_min(1e-6)
         self.w, self.slope = (precision - 1 / tt).clamp_min(0), precision * tu / uu
 
@@ -352,7 +357,8 @@ class Mask(Linear):
 
 
 class Block(Mask):
-    """Rectangles and stripes missing, one added after another until `rate` of the pixels are."""
+    """Rectangles and stripes missing, one added after another until `rate` of the pixels are. Where 24 do not
+    suffice, at high rates, the rest is missing in reading order."""
 
     def __init__(self, rate: float = 0.5, noise: float = 1e-3):
         super().__init__(rate, noise)
@@ -614,7 +620,8 @@ class Gaussian(nn.Module):
 
 def interpolate(y: Tensor, mean: Tensor) -> Tensor:
     """y (B, C + 1, H, W), its gaps filled by means of observed values with weights (d^2 + 0.3)^(-5/2) at a
-    distance of d <= 10, by `mean` far from all. Last channel: the fraction of neighbours observed."""
+    distance of d, at most 10 rows and columns away, by `mean` far from all. Last channel: the fraction of
+    neighbours observed."""
     H, W = y.shape[-2:]
     d = torch.arange(-10, 11, device=y.device)
     kernel = (d[:, None] ** 2 + d**2 + 0.3) ** -2.5 * (d[:, None] ** 2 + d**2 > 0)
@@ -1064,7 +1071,7 @@ def augment(x0: Tensor, config: Config, generator: torch.Generator, multiple: in
         x0 = grey + (0.95 + 0.1 * saturation) * (angle.cos() * chroma + angle.sin() * cross)
     if config.rescale:
         factor = 1 - torch.rand(1, generator=on_cpu(generator), device="cpu").item() / 2
-        size = [multiple * max(1, round(n * factor / multiple)) for n in x0.shape[2:]]
+        size = [min(n, multiple * max(1, round(n * factor / multiple))) for n in x0.shape[2:]]
         x0 = F.interpolate(x0, size=size, mode="bicubic", antialias=True)
     if config.crop:
         # The corruption's blocks then lie elsewhere on each image: what they lose here is learnt there. The
@@ -1155,6 +1162,7 @@ class Settings(Config):
         super().__post_init__()
         own, both = self.dataset == "observations", ("folder", "observations")
         require(own == bool(self.observations), "give --observations FOLDER, and no other --dataset")
+        require(self.masks or not self.invert_masks, "--invert-masks needs --masks")
         ok = self.held_out > 1 or self.held_out == 0 and self.dataset in both
         require(ok, "--held-out must be at least 2, or 0 for a part of a folder")
         ok = Path(self.name).name == self.name != ".." and self.name.isprintable()
@@ -1191,7 +1199,8 @@ def make_parser(defaults: dict, parameters: dict) -> export.Parser:
     text = f"of --corruption {defaults.get('corruption')}"
     flags |= {name: (value, text) for name, value in parameters.items()}
     for name, (default, text) in flags.items():
-        kind = dict(type=int, nargs="*") if isinstance(default, tuple) else dict(type=type(default))
+        kind = dict(type=type(default))
+        kind = dict(type=type((*default, 0)[0]), nargs="*") if isinstance(default, tuple) else kind
         kind = dict(action=argparse.BooleanOptionalAction) if isinstance(default, bool) else kind
         value = defaults.get(name, default)
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
@@ -1257,6 +1266,8 @@ def observe(settings: Settings) -> Data:
             raise
         file = getattr(sys.modules[kind.__module__], "__file__", "this session")
         raise DiffEMError(f"{file}, {kind.__name__}: {type(error).__name__}: {error}") from error
+    ok = settings.crop % corruption.multiple == 0
+    require(ok, f"--crop must be a multiple of {corruption.multiple}, as downsampling needs")
     if not settings.observations:
         return Data(corruption, corruption(train, generator), corruption(test, generator), values(test))
     if isinstance(corruption, Downsample):
@@ -1454,13 +1465,13 @@ def scores(state: State, y: Tensor, config: Config) -> dict:
     x = state.draw(rest.repeat(draws, 1, 1, 1), steps, "sde2m", generator)
     v, X = seen[:, :-1], corruption.observe(x, seen[:, -1:].repeat(draws, 1, 1, 1), generator)[:, :-1]
     X = X.view(draws, *v.shape)
-    number = (hidden.flatten(1).sum(1) * v.shape[1]).clamp_min(1)  # (n,) of hidden values
+    number = hidden.flatten(1).sum(1) * v.shape[1]  # (n,) of hidden values
     rank = (X < v).sum(0) + (X == v).sum(0) / 2  # 0 .. draws
     inside = dict(coverage_50=(rank >= 5) & (rank <= 14), coverage_90=(rank >= 1) & (rank <= 18))
     result = {name: float((hidden * within).sum() / number.sum()) for name, within in inside.items()}
     X, v = ((hidden * u).flatten(2).transpose(0, 1) for u in (X, v[None]))  # (n, draws, C H W), (n, 1, C H W)
     energy = torch.cdist(X, v).mean((1, 2)) - torch.cdist(X, X).sum((1, 2)) / (2 * draws * (draws - 1))
-    energy = (energy / number.sqrt())[hidden.flatten(1).any(1)]
+    energy = (energy / number.sqrt())[number > 0]
     new = corruption(state.draw(torch.zeros_like(y), steps, "sde2m", generator), generator)
     pca = Gaussian(list(state.x0.shape[1:]), 32).to(y.device).fit(y[:, :-1], generator)
     f, f0 = (transform(u[:, :-1], 0).flatten(1) @ F.normalize(pca.U, dim=0) for u in (new, y))
@@ -1591,7 +1602,7 @@ def prepare(settings: Settings, folder: Path) -> Data:
     data.y, data.held_out = data.y.to("cpu" if full else device), data.held_out.to(device)
     data.truth = None if data.truth is None else data.truth.to(device)
     shown = {name: value for name, value in settings.parameters.items() if value != ()}
-    shown |= dict(quality="of the files", tables="of the files") if "tables" in shown else {}
+    shown |= dict(quality="of the tables", tables=len(shown["tables"])) if "tables" in shown else {}
     shown |= {} if data.corruption.masks is None else dict(rate="of the observed masks")
     given = ", ".join(f"{name} {value}" for name, value in shown.items())
     processes = f"{size} processes on " if size > 1 else ""

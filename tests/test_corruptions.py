@@ -209,6 +209,29 @@ def test_what_y_says_is_measured_where_it_is_not_told(generator):
     assert not w[0, 0, 2:5].any() and w[0, 0, 5:].all()
 
 
+def test_a_negative_says_as_much_as_the_image(generator):
+    class Negative(Dimmed):
+        def A(self, x):
+            return -0.5 * x
+
+    x, (plain, negative) = torch.randn(500, 1, 8, 8, generator=generator).clamp(-2, 2), (Dimmed(), Negative())
+    for corruption in (plain, negative):
+        corruption.learn(x, torch.Generator().manual_seed(7))
+    torch.testing.assert_close(negative.w, plain.w, rtol=0.05, atol=0)
+    torch.testing.assert_close(negative.slope, -plain.slope, rtol=0.05, atol=0)
+
+
+def test_observed_masks_hide_whole_patches_of_smaller_copies(generator):
+    """Of an image of 32 pixels and its copies of 24 or 20, patches are observed or missing as a whole."""
+    corruption = Downsample(2)
+    known = (torch.rand(5, 1, 16, 16, generator=generator) > 0.3).float()
+    corruption.masks = torch.nn.functional.interpolate(known, scale_factor=2).bool()
+    for size in (32, 24, 20):
+        m = corruption(torch.zeros(8, 3, size, size), generator)[:, -1:]
+        assert 0.5 < m.mean() < 0.9
+        assert torch.equal(torch.nn.functional.avg_pool2d(m, 2), m[..., ::2, ::2])
+
+
 def test_jpegs_measured_precision_falls_with_the_quantisation(generator):
     """Of a smooth Gaussian's draws, y tells the more of a coefficient the finer it is quantised."""
     x = 0.7 * diffem.Gaussian([3, 32, 32], power=3.0).sample(200, generator)

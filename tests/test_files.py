@@ -571,6 +571,23 @@ def test_limit_is_the_number_to_train_on(tmp_path, monkeypatch, capsys):
         assert f": {limit} observations" in capsys.readouterr().out
 
 
+def test_smaller_copies_are_not_larger(generator):
+    config = diffem.Config(rescale=True)
+    for side, multiple in ((10, 20), (12, 12), (11, 4), (35, 20)):
+        sizes = [
+            diffem.augment(torch.zeros(1, 1, side, side), config, generator, multiple).shape[2]
+            for _ in range(9)
+        ]
+        assert max(sizes) <= side
+
+
+def test_squares_that_a_corruption_cannot_take(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder_of(tmp_path / "in", lambda i: pillow(np.kron(P, np.ones((2, 2, 1), np.uint8))), "png")
+    flags = ["--observations", "in", "--corruption", "downsample", "--factor", "4", "--crop", "6", *TINY]
+    assert diffem.main(flags) == 2 and "--crop must be a multiple of 4" in capsys.readouterr().err
+
+
 # ---- Kinds of JPEG
 
 

@@ -54,6 +54,14 @@ def gaussian_state(corruption, generator):
     return state, y, settings
 
 
+def test_coverage_where_few_images_have_a_hidden_value(generator):
+    """Of six observed pixels a fifth is hidden: of many images none. They do not count."""
+    state, y, settings = gaussian_state(Mask(0.9, 0.1), generator)
+    exact = scores(state, y, settings)
+    assert exact["coverage_90"] == pytest.approx(0.9, abs=0.04)
+    assert exact["coverage_50"] == pytest.approx(0.5, abs=0.07)
+
+
 @pytest.mark.parametrize("corruption", [Mask(0.5, 0.1), Noise(0.5), Blur(0.8, 0.2)])
 def test_scores_of_exact_draws_are_calibrated_and_the_best(corruption, generator):
     state, y, settings = gaussian_state(corruption, generator)
