@@ -146,9 +146,7 @@ class Config:
     method: str = setting("sde2m", "sampler", choices=METHODS)
     first_method: str = setting("ddpm", "sampler of E-steps in the first half of the laps", choices=METHODS)
     sample_steps: int = setting(8, "evaluations to restore an image", 1, 1e5)
-    first_sample_steps: int = setting(
-        16, "the same in lap 1, growing to --sample-steps if that is more; 0: that", 0, 1e5
-    )
+    first_sample_steps: int = setting(16, "the same in lap 1; if fewer, they grow to it; 0: equal", 0, 1e5)
     sample_batch: int = setting(512, "images sampled at once; halved where memory is short", 1)
     unconditional_steps: int = setting(32, "evaluations to sample a new image", 1, 1e5)
     smoothness: float = setting(0.0, "power of the start's spectrum, then fitted; 0: a low rank", 0, 6)
@@ -286,10 +284,9 @@ class Corruption(nn.Module):
         if self.masks is None:
             return self.observe(x, self.mask(x, generator), generator)
         i = torch.randint(len(self.masks), (len(x),), generator=generator, device=x.device)
-        size = [
-            n // self.multiple for n in x.shape[2:]
-        ]  # of crops and copies; what is observed together stays
-        m = F.interpolate(F.interpolate(self.masks[i].to(x.dtype), size=size), size=x.shape[2:])  # nearest
+        # Of crops and copies, by the nearest; what is observed together stays together
+        size = [n // self.multiple for n in x.shape[2:]]
+        m = F.interpolate(F.interpolate(self.masks[i].to(x.dtype), size=size), size=x.shape[2:])
         return self.observe(x, m, generator)
 
     def observe(self, x: Tensor, m: Tensor, generator: torch.Generator) -> Tensor:
@@ -1167,15 +1164,18 @@ class Settings(Config):
         require(ok, "--held-out must be at least 2, or 0 for a part of a folder")
         ok = Path(self.name).name == self.name != ".." and self.name.isprintable()
         require(ok, f"--name {self.name!r} must be the name of a folder below runs/")
-        places = dict(masks=both[1:], invert_masks=both[1:], image_size=("folder", "celeba"))
+        places = dict(masks=both[1:], image_size=("folder", "celeba"))
         for name, names in (places | dict(grey=both, skip_bad_images=both)).items():
             ok = self.dataset in names or not getattr(self, name)
             require(ok, f"--{name.replace('_', '-')} is for --dataset {' or '.join(names)}")
 
+    def number_to_hold_out(self, images: int) -> int:
+        """--held-out, or a fifth of so many images, at most 256."""
+        return self.held_out or max(2, min(256, images // 5))
+
     def number_to_read(self) -> int | None:
-        """--limit and those to hold out: --held-out, or a fifth of all, at most 256."""
-        held_out = self.held_out or max(2, min(256, self.limit // 4))
-        return self.limit + held_out if self.limit else None
+        """--limit and those to hold out."""
+        return self.limit + self.number_to_hold_out(self.limit * 5 // 4) if self.limit else None
 
 
 def parameters_of(corruption: type[Corruption]) -> dict:
@@ -1288,7 +1288,7 @@ def load_images(settings: Settings) -> tuple[Tensor, Tensor]:
         files, wanted = image_files(settings), settings.number_to_read()
         order = torch.randperm(len(files), generator=generator).tolist()
         images = read_images([files[i] for i in order[:wanted]], settings)[:wanted]
-        n = n or max(2, min(256, len(images) // 5))
+        n = settings.number_to_hold_out(len(images))
         require(len(images) > n, f"{len(images)} {few} {n} (--held-out)")
         return images[n:], images[:n]
     if name == "digits":

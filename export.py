@@ -360,8 +360,7 @@ def jpeg_tables(files: list[Path]) -> dict:
 
     found = {}
     for path in files:
-        # What cannot be read is reported later
-        with contextlib.suppress(OSError, Image.DecompressionBombError), Image.open(path) as file:
+        with contextlib.suppress(Exception), Image.open(path) as file:  # which reading the file will report
             if file.format in ("JPEG", "MPO"):
                 used = list(dict.fromkeys(layer[3] for layer in file.layer))
                 tables = tuple(q for i in used for q in file.quantization[i])

@@ -612,7 +612,7 @@ def other_order(path):
         ("a.jfif", jpeg(quality=30), ""),
         ("a.jpg", other_order, ""),
         ("a.jpg", pillow(P, format="PNG"), "none of the observations is a JPEG file"),
-        ("a.jpg", lambda path: turned(6, T.ROTATE_90)(path), "turned by EXIF"),
+        ("a.jpg", turned(6, T.ROTATE_90), "turned by EXIF"),
         ("a.jpg", jpeg(mode="CMYK"), "CMYK"),
         ("a.jpg", lambda path: path.write_bytes(b"x"), "none of the observations"),
     ],
