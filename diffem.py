@@ -297,16 +297,17 @@ class Corruption(nn.Module):
     def hides_pixels(self) -> bool:
         return self.masks is not None or type(self).mask is not Corruption.mask
 
-    def known(self, y: Tensor) -> Pair:
-        """w and h / T y, in shapes that expand to (B, C, H, W), 0 where y is masked."""
-        i, j = [torch.arange(n, device=y.device) % self.w.shape[-1] for n in y.shape[-2:]]
-        return y[:, -1:] * self.w[:, i][:, :, j], y[:, -1:] * self.slope[:, i][:, :, j]
-
     def information(self, y: Tensor) -> Pair:
-        """w and h: (B, C + 1, H, W) -> both (B, C, H, W)."""
-        w, slope = self.known(y)
-        t = transform(y[:, :-1], self.block)
-        return w.expand_as(t), slope * t
+        """w and h: (B, C + 1, H, W) -> both (B, C, H, W). Of a block that is observed in part, the gaps are
+        interpolated, and w and h are multiplied by the fraction observed."""
+        i, j = [torch.arange(n, device=y.device) % self.w.shape[-1] for n in y.shape[-2:]]
+        m = y[:, -1:]
+        if self.block > 1:
+            y = interpolate(y, torch.zeros_like(y[:1, :-1]))
+            first = (i[:, None] == 0) & (j == 0)  # the coefficient of a block's mean
+            m = inverse(first * transform(m, self.block), self.block)
+        t, w, slope = transform(y[:, :-1], self.block), self.w[:, i][:, :, j], self.slope[:, i][:, :, j]
+        return (m * w).expand_as(t), m * slope * t
 
     def learn(self, x: Tensor, generator: torch.Generator) -> None:
         """Measures w and h for each channel and coefficient of a block, on x (N, C, H, W) like clean ones."""
@@ -331,11 +332,12 @@ class Linear(Corruption):
         """k, in a shape that expands to (H, W)."""
         return torch.ones(1, 1, device=y.device)
 
-    def known(self, y: Tensor) -> Pair:
+    def information(self, y: Tensor) -> Pair:
         # A patch of p x p pixels shares its noise: p s in T y. More than 1e6 would hide 1 / S in float32
         m = y[:, -1:].amin((2, 3), keepdim=True) if self.block == 0 else y[:, -1:]
         k, precision = self.transfer(y), m / max((self.patch * self.noise) ** 2, 1e-6)
-        return precision * k**2, precision * k
+        t = transform(y[:, :-1], self.block)
+        return (precision * k**2).expand_as(t), precision * k * t
 
     def learn(self, x: Tensor, generator: torch.Generator) -> None:
         pass
@@ -946,10 +948,10 @@ def em(y: Tensor, corruption: Corruption, config: Config, state: State | None = 
     the same y and state, and share the work of each batch.
     """
     device, (rank, size) = torch.device(device or y.device), ranks()
-    for part in y.split(4096) if y.ndim == 4 else ():  # not the vectors of tests/manifold.py
-        check_observations(as_float(part, part.device))
     require(config.batch % size == 0, f"--batch {config.batch} must be a multiple of the {size} processes")
     if state is None:
+        for part in y.split(4096):
+            check_observations(as_float(part, part.device))
         state = first_state(y, corruption.to(device), config, generator_for(device, config.seed, 0, 1, 0))
         yield state
     while state.lap < config.laps or state.drawn < len(y):
@@ -975,6 +977,7 @@ def as_float(y: Tensor, device: torch.device) -> Tensor:
 
 def check_observations(y: Tensor) -> None:
     """Raises DiffEMError if y (N, C + 1, H, W) is not what the docstring of this file says."""
+    require(y.ndim == 4, f"observations must be (N, C + 1, H, W), the mask last, not {list(y.shape)}")
     value, m = y[:, :-1], y[:, -1:]
     require(len(y) > 0 and y.shape[2] * y.shape[3] > 1, "observations need images, of more than one pixel")
     require(y.dtype == torch.float32, f"observations must be float32, not {y.dtype}")
@@ -1247,34 +1250,42 @@ class Data:
     digest: str = ""  # sha256 of y
 
 
+def new_corruption(settings: Settings, shape: list[int]) -> Corruption:
+    """The corruption of a run. Your own is tried on two images of a shape (C, H, W)."""
+    kind, (C, H, W) = CORRUPTIONS[settings.corruption], shape
+    if kind.__module__ == __name__:
+        return kind(**settings.parameters)
+    try:
+        corruption, generator = kind(**settings.parameters).to("cpu"), generator_for("cpu", 0)
+        y = corruption(4 * torch.rand(2, C, H, W, generator=generator) - 2, generator)
+        given = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        expected = f"a tensor {(2, C + 1, H, W)}, the mask last"
+        require(given == (2, C + 1, H, W), f"it gives {given} in place of {expected}")
+        check_observations(y)
+    except (Exception, SystemExit) as error:
+        file = getattr(sys.modules[kind.__module__], "__file__", "this session")
+        raise DiffEMError(f"{file}, {kind.__name__}: {type(error).__name__}: {error}") from error
+    return corruption
+
+
 def observe(settings: Settings) -> Data:
     """The observations of a data set. Clean images are corrupted here, once, and not used elsewhere."""
     train, test = load_images(settings)
-    kind, generator = CORRUPTIONS[settings.corruption], generator_for("cpu", settings.seed, 0, 0)
-    C, H, W = train.shape[1] - bool(settings.observations), *train.shape[2:]
-    try:
-        corruption = kind(**settings.parameters).to("cpu")
-        if kind.__module__ != __name__:  # your own is tried on two images
-            trial = generator_for("cpu", settings.seed, 0, 0)
-            y = corruption(4 * torch.rand(2, C, H, W, generator=trial) - 2, trial)
-            given = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-            expected = f"a tensor {(2, C + 1, H, W)}, the mask last"
-            require(given == (2, C + 1, H, W), f"it gives {given} in place of {expected}")
-            check_observations(y)
-    except (Exception, SystemExit) as error:
-        if kind.__module__ == __name__:
-            raise
-        file = getattr(sys.modules[kind.__module__], "__file__", "this session")
-        raise DiffEMError(f"{file}, {kind.__name__}: {type(error).__name__}: {error}") from error
+    own, name = bool(settings.observations), settings.corruption
+    corruption = new_corruption(settings, [train.shape[1] - own, *train.shape[2:]])
     ok = settings.crop % corruption.multiple == 0
     require(ok, f"--crop must be a multiple of {corruption.multiple}, as downsampling needs")
-    if not settings.observations:
+    if not own:
+        generator = generator_for("cpu", settings.seed, 0, 0)
         return Data(corruption, corruption(train, generator), corruption(test, generator), values(test))
     if isinstance(corruption, Downsample):
         train, test = (F.interpolate(y, scale_factor=corruption.factor) for y in (train, test))  # nearest
     missing = bool((train[:, -1:] == 0).any())
     ok = missing or not isinstance(corruption, Mask)
     require(ok, f"no pixel is missing in {settings.observations}: give alpha, NaN or --masks")
+    if missing and corruption.block == 0:
+        better = f": give --corruption mask --noise {corruption.noise}" if name == "noise" else ""
+        print(f"a start by {name} knows nothing of images of which a pixel is missing{better}")
     corruption.masks = train[:, -1:].bool() if missing else None
     corruption.masked.fill_(missing)
     return Data(corruption, train, as_float(test, test.device), None)
@@ -1466,6 +1477,7 @@ def scores(state: State, y: Tensor, config: Config) -> dict:
     v, X = seen[:, :-1], corruption.observe(x, seen[:, -1:].repeat(draws, 1, 1, 1), generator)[:, :-1]
     X = X.view(draws, *v.shape)
     number = hidden.flatten(1).sum(1) * v.shape[1]  # (n,) of hidden values
+    require(number.any(), "too little is held out to hide a fifth of it: raise --held-out")
     rank = (X < v).sum(0) + (X == v).sum(0) / 2  # 0 .. draws
     inside = dict(coverage_50=(rank >= 5) & (rank <= 14), coverage_90=(rank >= 1) & (rank <= 18))
     result = {name: float((hidden * within).sum() / number.sum()) for name, within in inside.items()}
@@ -1551,10 +1563,13 @@ def load(run, corruption: Corruption | None = None, best: bool = False, device="
     own corruption must be given: loading runs no code of yours."""
     checkpoint = run if isinstance(run, Checkpoint) else Checkpoint(run)
     name, parameters = checkpoint.settings.corruption, checkpoint.settings.parameters
-    known = corruption or name in CORRUPTIONS
+    known = corruption is not None or name in CORRUPTIONS
     require(known, f"{checkpoint.folder} has its own corruption {name!r}: give it to load() or export()")
+    corruption = CORRUPTIONS[name](**parameters) if corruption is None else corruption
+    given = {key: getattr(corruption, key, value) for key, value in parameters.items()}
+    require(given == parameters, f"{checkpoint.folder} was trained on {parameters}, not on {given}")
     checkpoint.settings.compile = "off"  # it may be loaded where nothing can be compiled
-    state = restore_state(checkpoint, corruption or CORRUPTIONS[name](**parameters), device)
+    state = restore_state(checkpoint, corruption, device)
     if best and state.best_weights:
         state.average.load_state_dict(state.best_weights)
     return state.model

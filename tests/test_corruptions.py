@@ -242,6 +242,30 @@ def test_jpegs_measured_precision_falls_with_the_quantisation(generator):
     assert float(coarse.w[0, 0, 0]) > 100 * float(coarse.w[0, 7, 7])  # of the finest detail nothing is left
 
 
+def test_jpeg_with_missing_pixels_says_what_the_others_tell(generator):
+    """Of a smooth image, a fifth of the pixels missing: the mean of each block is told as well as before, with a fifth less weight;
+    a block of which nothing is left says nothing, and one of which nothing is missing says what it did."""
+    x = 0.7 * diffem.Gaussian([3, 32, 30], power=4.0).sample(100, generator)
+    corruption = Jpeg(50)
+    corruption.learn(x, generator)
+    y = corruption(x, generator)
+    m = (torch.rand(100, 1, 32, 30, generator=generator) > 0.2).float()
+    m[..., :8, :8], m[..., 8:16, 24:] = 0, 1
+    (w, h), (whole_w, whole_h) = (
+        corruption.information(torch.cat([y[:, :-1] * m, m], 1)),
+        corruption.information(y),
+    )
+    assert not (w[..., :8, :8].any() or h[..., :8, :8].any())
+    torch.testing.assert_close(w[..., 8:16, 24:], whole_w[..., 8:16, 24:])
+    torch.testing.assert_close(h[..., 8:16, 24:], whole_h[..., 8:16, 24:], atol=1e-3, rtol=1e-3)
+    w, h, whole_w, whole_h = (
+        v[:, 0, 16::8, 8::8] for v in (w, h, whole_w, whole_h)
+    )  # grey, the means of blocks
+    torch.testing.assert_close((w / whole_w).mean(), torch.tensor(0.8), atol=0.01, rtol=0)
+    error = ((h / w - whole_h / whole_w).square().mean() / (whole_h / whole_w).square().mean()).sqrt()
+    assert error < 0.05, float(error)
+
+
 @pytest.mark.parametrize(
     "make",
     [lambda: Mask(rate=1.0), lambda: Block(rate=-0.1), lambda: Noise(-1.0), lambda: Blur(width=0.0), lambda: Jpeg(0),

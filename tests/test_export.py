@@ -355,6 +355,8 @@ def test_a_corruption_of_ones_own(tmp_path, monkeypatch, capsys):
         folder = make_run(tmp_path / "run", (1, 8, 8), "saturate")
     assert export.main([str(folder)]) == 2
     assert "saturate" in capsys.readouterr().err
+    with pytest.raises(diffem.DiffEMError, match="trained on {'limit_at': 1.0}, not on {'limit_at': 0.5}"):
+        export.export(str(folder), corruption=Saturate(0.5))
     export.export(str(folder), corruption=Saturate(1.0))
     metadata = Restorer(folder / "model.onnx", "cpu", threads=1).metadata
     assert (

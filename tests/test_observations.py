@@ -86,13 +86,14 @@ def test_the_m_step_draws_the_masks_that_were_observed(tmp_path, generator):
 
 
 @pytest.mark.parametrize("corruption", ["jpeg", "noise", "mask"])
-def test_a_model_remembers_that_pixels_were_missing(corruption, tmp_path, monkeypatch):
+def test_a_model_remembers_that_pixels_were_missing(corruption, tmp_path, monkeypatch, capsys):
     """So that it restores images of the kind that it was trained on, whatever the corruption."""
     monkeypatch.chdir(tmp_path)
     write_transparent(tmp_path / "in")
     own = ["--quality", "20"] if corruption == "jpeg" else []
     flags = ["--observations", "in", "--corruption", corruption, *own, *FLAGS]
     assert diffem.main(flags) == 0
+    assert ("give --corruption mask --noise 0.5" in capsys.readouterr().out) == (corruption == "noise")
     denoiser, saved = diffem.load("runs/own"), diffem.Checkpoint("runs/own").settings
     assert export.describe(denoiser, saved, False)["masks"] is True
     denoiser = diffem.new_denoiser(diffem.Gaussian([3, 8, 8]), diffem.Noise(), diffem.Config(), "cpu")

@@ -89,9 +89,9 @@ def test_the_energy_score_is_that_of_its_definition(generator):
     state, y, settings = gaussian_state(Noise(4.0), generator)
     state.start = Gaussian([1, 8, 8])
     y = torch.cat([torch.randn(300, 1, 8, 8, generator=generator), torch.ones(300, 1, 8, 8)], 1)
-    state.denoiser.corruption.noise = 1e-3
-    state.denoiser.corruption.precision = lambda y: torch.zeros_like(y[:, :1])
-    state.denoiser.corruption.product = lambda y: torch.zeros_like(y[:, :1])
+    state.denoiser.corruption.noise = (
+        1e-3  # where a pixel is hidden, w is 0 in the whole image: draws are of N(0, 1)
+    )
     d = 64 / 5  # about that many are hidden: E|X - v| = E|X - X'| = sqrt(2) E|N(0, I_d)|
     expected = (
         2**0.5
@@ -100,6 +100,20 @@ def test_the_energy_score_is_that_of_its_definition(generator):
         / d**0.5
     )
     assert scores(state, y, settings)["energy"] == pytest.approx(float(expected), rel=0.04)
+
+
+def test_scores_of_images_that_are_too_few_are_refused(generator):
+    """Two images of one block of JPEG each, of which none is hidden: there is no energy, and no NaN in its place."""
+    state, y, settings = gaussian_state(Jpeg(30), generator)
+    refused = 0
+    for seed in range(8):
+        try:
+            energy = scores(state, y[:2], Settings(seed=seed))["energy"]
+        except diffem.DiffEMError as error:
+            refused += "raise --held-out" in str(error)
+        else:
+            assert energy > 0
+    assert 0 < refused < 8
 
 
 def test_jpeg_hides_whole_blocks(generator):
