@@ -1250,31 +1250,39 @@ class Data:
     digest: str = ""  # sha256 of y
 
 
-def new_corruption(settings: Settings, shape: list[int]) -> Corruption:
-    """The corruption of a run. Your own is tried on two images of a shape (C, H, W)."""
-    kind, (C, H, W) = CORRUPTIONS[settings.corruption], shape
-    if kind.__module__ == __name__:
-        return kind(**settings.parameters)
+@contextmanager
+def named(kind: type[Corruption]):
+    """Errors in your own corruption name its file and class."""
     try:
-        corruption, generator = kind(**settings.parameters).to("cpu"), generator_for("cpu", 0)
-        y = corruption(4 * torch.rand(2, C, H, W, generator=generator) - 2, generator)
-        given = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-        expected = f"a tensor {(2, C + 1, H, W)}, the mask last"
-        require(given == (2, C + 1, H, W), f"it gives {given} in place of {expected}")
-        check_observations(y)
+        yield
     except (Exception, SystemExit) as error:
+        if kind.__module__ == __name__:
+            raise
         file = getattr(sys.modules[kind.__module__], "__file__", "this session")
         raise DiffEMError(f"{file}, {kind.__name__}: {type(error).__name__}: {error}") from error
-    return corruption
+
+
+def try_out(corruption: Corruption, C: int, H: int, W: int) -> None:
+    """Raises DiffEMError if it does not give observations of two images."""
+    generator = generator_for("cpu", 0)
+    y = corruption(4 * torch.rand(2, C, H, W, generator=generator) - 2, generator)
+    given = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+    expected = f"a tensor {(2, C + 1, H, W)}, the mask last"
+    require(given == (2, C + 1, H, W), f"it gives {given} in place of {expected}")
+    check_observations(y)
 
 
 def observe(settings: Settings) -> Data:
     """The observations of a data set. Clean images are corrupted here, once, and not used elsewhere."""
-    train, test = load_images(settings)
     own, name = bool(settings.observations), settings.corruption
-    corruption = new_corruption(settings, [train.shape[1] - own, *train.shape[2:]])
+    with named(CORRUPTIONS[name]):
+        corruption = CORRUPTIONS[name](**settings.parameters).to("cpu")
     ok = settings.crop % corruption.multiple == 0
     require(ok, f"--crop must be a multiple of {corruption.multiple}, as downsampling needs")
+    train, test = load_images(settings)
+    with named(type(corruption)):
+        if type(corruption).__module__ != __name__:
+            try_out(corruption, train.shape[1] - own, *train.shape[2:])
     if not own:
         generator = generator_for("cpu", settings.seed, 0, 0)
         return Data(corruption, corruption(train, generator), corruption(test, generator), values(test))

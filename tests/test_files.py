@@ -586,7 +586,9 @@ def test_squares_that_a_corruption_cannot_take(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     folder_of(tmp_path / "in", lambda i: pillow(np.kron(P, np.ones((2, 2, 1), np.uint8))), "png")
     flags = ["--observations", "in", "--corruption", "downsample", "--factor", "4", "--crop", "6", *TINY]
-    assert diffem.main(flags) == 2 and "--crop must be a multiple of 4" in capsys.readouterr().err
+    assert diffem.main(flags) == 2
+    out, err = capsys.readouterr()
+    assert "--crop must be a multiple of 4" in err and "images read" not in out  # before they are read
 
 
 # ---- Kinds of JPEG
