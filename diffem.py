@@ -54,7 +54,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import export  # files and command lines: its numpy part
-from export import DiffEMError, require
+from export import METHODS, DiffEMError, require
 
 # Pillow, matplotlib, torchvision and scikit-learn are imported where they are used: the method needs none of
 # them, and together they would double the time of `import diffem`.
@@ -90,6 +90,16 @@ def randn_like(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(x.shape, generator=generator, device=x.device)
 
 
+def cut(x: Tensor, size: tuple, grid: int, generator: torch.Generator) -> Tensor:
+    """Parts of a size (H, W) of images x (B, C, ..), at random places that are multiples of `grid`."""
+    for axis, n in zip((2, 3), size):
+        places = (x.shape[axis] - n) // grid + 1
+        first = grid * torch.randint(places, (len(x), 1, 1, 1), generator=generator, device=x.device)
+        i = torch.arange(n, device=x.device).view([-1, 1] if axis == 2 else [-1])
+        x = x.take_along_dim(first + i, axis)
+    return x
+
+
 def values(pixels: Tensor) -> Tensor:
     """Images in floating point, from -2 to 2. Those of files are kept as bytes, which take less memory."""
     return pixels if pixels.is_floating_point() else pixels * (4 / 255) - 2
@@ -109,13 +119,13 @@ def any_rank(condition: bool) -> bool:
 
 
 # ---- Settings of the method -------------------------------------------------------------------------------
-METHODS = export.METHODS
 Pair = tuple[Tensor, Tensor]
 Step = tuple[float, float, float, float, float]
 
 
 def setting(default, help: str, low: float = 0, high: float = 1e6, choices: tuple = ()):
     """A field that is also a flag: a number in [low, high], or one of the choices, if any."""
+    help += f" [{', '.join(choices)}]" if choices else ""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
 
 
@@ -284,9 +294,9 @@ class Corruption(nn.Module):
         if self.masks is None:
             return self.observe(x, self.mask(x, generator), generator)
         i = torch.randint(len(self.masks), (len(x),), generator=generator, device=x.device)
-        # Of crops and copies, by the nearest; what is observed together stays together
-        size = [n // self.multiple for n in x.shape[2:]]
-        m = F.interpolate(F.interpolate(self.masks[i].to(x.dtype), size=size), size=x.shape[2:])
+        m = self.masks[i].to(x.dtype)
+        if m.shape[2:] != x.shape[2:]:  # of crops and copies; what is observed together stays together
+            m = cut(m, x.shape[2:], self.patch, generator)
         return self.observe(x, m, generator)
 
     def observe(self, x: Tensor, m: Tensor, generator: torch.Generator) -> Tensor:
@@ -299,9 +309,9 @@ class Corruption(nn.Module):
 
     def information(self, y: Tensor) -> Pair:
         """w and h: (B, C + 1, H, W) -> both (B, C, H, W). Of a block that is observed in part, the gaps are
-        interpolated, and w and h are multiplied by the fraction observed."""
+        interpolated, and w and h are multiplied by the fraction observed; if it is the image, they are 0."""
         i, j = [torch.arange(n, device=y.device) % self.w.shape[-1] for n in y.shape[-2:]]
-        m = y[:, -1:]
+        m = y[:, -1:].amin((2, 3), keepdim=True) if self.block == 0 else y[:, -1:]
         if self.block > 1:
             y = interpolate(y, torch.zeros_like(y[:1, :-1]))
             first = (i[:, None] == 0) & (j == 0)  # the coefficient of a block's mean
@@ -467,7 +477,7 @@ class Jpeg(Corruption):
         ycc = self.ycc @ pixels.double().flatten(2)  # Cb and Cr about 0, their halves rounded down
         ycc = torch.cat([ycc[:, :1] + 0.5, ycc[:, 1:] + 32767 / 65536], 1).floor().view(pixels.shape).float()
         luma, chroma = self.quantised(ycc[:, :1] - 128, self.q[:1]) + 128, ycc[:, 1:]
-        chroma = F.avg_pool2d(F.pad(chroma, [0, -W % 16, 0, -H % 16], mode="replicate"), step)
+        chroma = F.avg_pool2d(F.pad(chroma, [0, -W % 16, 0, -H % step[0]], mode="replicate"), step)
         chroma = self.rounded(chroma, 0.25 if step[0] == 2 else 0.0, 0.5)
         chroma = self.quantised(chroma, self.q[1:])[..., : -(-H // step[0]), : -(-W // step[1])]
         chroma = F.interpolate(chroma, scale_factor=step, mode="bilinear")[..., :H, :W]
@@ -609,8 +619,8 @@ class Gaussian(nn.Module):
         p, rq = torch.zeros_like(b), torch.ones_like(least)
         for _ in range(steps):
             q, last_rq = residual / (given_all + w), rq  # preconditioned by the diagonal
-            rq = (residual * q).sum((1, 2, 3), keepdim=True).clamp_min(1e-30)
-            p = q + rq / last_rq * p
+            rq = (residual * q).sum((1, 2, 3), keepdim=True)
+            p = q + rq / last_rq.clamp_min(1e-30) * p
             Ap = self.precision(p, S, rows, columns) + w * p
             step = rq / (p * Ap).sum((1, 2, 3), keepdim=True).clamp_min(1e-30)
             t, residual = t + step * p, residual - step * Ap
@@ -642,7 +652,7 @@ def fit_start(y: Tensor, corruption: Corruption, config: Config, generator: torc
     y = as_float(y[: 8 * few if rank else few], generator.device)
     x = interpolate(y, gaussian.mean)[:, :-1]
     gaussian.mean += x.mean((0, 2, 3))[:, None, None]
-    gaussian.scale *= transform(x - gaussian.mean, 0).square().mean((0, 2, 3))[:, None, None]
+    gaussian.scale *= transform(x - gaussian.mean, 0).square().mean((0, 2, 3)).clamp_min(1e-6)[:, None, None]
     x = gaussian.sample(few, generator)
     for _ in range(config.start_laps):
         corruption.learn(x, generator)
@@ -979,7 +989,8 @@ def check_observations(y: Tensor) -> None:
     """Raises DiffEMError if y (N, C + 1, H, W) is not what the docstring of this file says."""
     require(y.ndim == 4, f"observations must be (N, C + 1, H, W), the mask last, not {list(y.shape)}")
     value, m = y[:, :-1], y[:, -1:]
-    require(len(y) > 0 and y.shape[2] * y.shape[3] > 1, "observations need images, of more than one pixel")
+    ok = value.numel() > 0 and y.shape[2] * y.shape[3] > 1
+    require(ok, "observations need images, of more than one pixel")
     require(y.dtype == torch.float32, f"observations must be float32, not {y.dtype}")
     require(not ((m != 0) & (m != 1)).any(), "the last channel of y must be 1 where observed, else 0")
     require(value.isfinite().all(), "y has values that are not finite: set missing pixels to 0")
@@ -1028,9 +1039,9 @@ def m_step(state: State, config: Config, generator: torch.Generator) -> None:
 
 def optimise(state: State, loss: Tensor, config: Config) -> None:
     """One step of the optimiser and of the weights' average, by gradients averaged over all processes."""
-    for group in state.optimizer.param_groups:
-        # Constant, then falling to 0: when EM has nearly converged, what remains is the noise of the weights
-        group["lr"] = config.lr * min(1, 2 - 2 * (state.lap - 1 + state.step / config.steps) / config.laps)
+    # Constant, then falling to 0: when EM has nearly converged, what remains is the noise of the weights
+    fall = 2 - 2 * (state.lap - 1 + state.step / config.steps) / config.laps
+    state.optimizer.param_groups[0]["lr"] = config.lr * min(1, fall)
     state.optimizer.zero_grad()
     loss.backward()
     state.losses[state.step] = loss.detach()
@@ -1076,10 +1087,8 @@ def augment(x0: Tensor, config: Config, generator: torch.Generator, multiple: in
     if config.crop:
         # The corruption's blocks then lie elsewhere on each image: what they lose here is learnt there. The
         # border of a square is treated as an image's: the U-Net pads it by 0, the corruption mirrors it
-        crop, where = min(config.crop, *x0.shape[2:]), dict(generator=generator, device=x0.device)
-        corner = [torch.randint(n - crop + 1, (len(x0), 1, 1, 1), **where) for n in x0.shape[2:]]
-        i = torch.arange(crop, device=x0.device)
-        x0 = x0.take_along_dim(corner[0] + i[:, None], 2).take_along_dim(corner[1] + i, 3)
+        crop = min(config.crop, *x0.shape[2:])
+        x0 = cut(x0, (crop, crop), 1, generator)
     return x0
 
 
@@ -1195,10 +1204,7 @@ def make_parser(defaults: dict, parameters: dict) -> export.Parser:
     parser.description = __doc__.partition("\n")[0]
     parser.epilog = "presets: " + ", ".join(" ".join(key) for key in PRESETS)
     parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110)
-    flags = {}
-    for f in (f for f in fields(Settings) if f.metadata):
-        choices = f" [{', '.join(f.metadata['choices'])}]" if f.metadata["choices"] else ""
-        flags[f.name] = f.default, f.metadata["help"] + choices
+    flags = {f.name: (f.default, f.metadata["help"]) for f in fields(Settings) if f.metadata}
     text = f"of --corruption {defaults.get('corruption')}"
     flags |= {name: (value, text) for name, value in parameters.items()}
     for name, (default, text) in flags.items():
@@ -1752,14 +1758,12 @@ def main(argv: list[str] | None = None, **corruptions: type[Corruption]) -> int:
 
 
 if __name__ == "__main__":
+    if not dist.is_torchelastic_launched():
+        sys.exit(main())
+    code = 1
     try:
         code = main()
     except BaseException:
-        if not dist.is_torchelastic_launched():
-            raise
         sys.excepthook(*sys.exc_info())
-        code = 1
-    if dist.is_torchelastic_launched():
-        sys.stdout.flush()  # the threads of Gloo and NCCL may outlive the process group, and wait
-        os._exit(code)
-    sys.exit(code)
+    sys.stdout.flush()  # the threads of Gloo and NCCL may outlive the process group, and wait
+    os._exit(code)

@@ -157,7 +157,7 @@ def test_downsample_repeats_block_means(generator):
 @pytest.mark.parametrize("quality", [5, 10, 20, 50, 75, 95])
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
 @pytest.mark.parametrize("grey", [False, True])
-@pytest.mark.parametrize("size", [(256, 256), (245, 251)])
+@pytest.mark.parametrize("size", [(250, 256), (245, 251)])
 def test_jpeg_is_pillows(quality, subsampling, grey, size, tmp_path, generator):
     """At most 0.2 grey levels off in the mean, and more than 2 in no more than 0.1 % of the values (with Pillow 13's libjpeg-turbo
     none is off at all); by quality and by tables."""
@@ -230,6 +230,16 @@ def test_observed_masks_hide_whole_patches_of_smaller_copies(generator):
         m = corruption(torch.zeros(8, 3, size, size), generator)[:, -1:]
         assert 0.5 < m.mean() < 0.9
         assert torch.equal(torch.nn.functional.avg_pool2d(m, 2), m[..., ::2, ::2])
+
+
+def test_lines_of_one_pixel_stay_in_squares_and_smaller_copies(generator):
+    """Every eighth row is dead: of 24 rows 3 are. Masks are cut, not resized."""
+    corruption = Mask(0.5)
+    corruption.masks = torch.ones(4, 1, 32, 32, dtype=torch.bool)
+    corruption.masks[:, :, ::8] = False
+    m = corruption(torch.zeros(50, 3, 24, 24), generator)[:, -1]
+    assert ((m == 0).all(2).sum(1) == 3).all() and ((m == 0).any(2).sum(1) == 3).all()
+    assert len(m[:, :8, 0].argmin(1).unique()) > 4  # at many places
 
 
 def test_jpegs_measured_precision_falls_with_the_quantisation(generator):

@@ -420,6 +420,7 @@ X, M, Y = tensors()
         (torch.cat([torch.where(M > 0, X, torch.nan), M], 1), "not finite"),
         (torch.cat([X, M], 1), "must be 0 where its last channel is"),
         (Y.double(), "float32"),
+        (Y[:, -1:], "observations need images"),
         (Y[:, 0], r"must be \(N, C \+ 1, H, W\)"),
         (torch.cat([Y[:, :-1], 255 * M], 1), "last channel"),
     ],
@@ -438,6 +439,17 @@ def test_sample_says_what_is_wrong_with_observations(generator):
     for y in (Y[0], X, Y[:, :, None]):
         with pytest.raises(diffem.DiffEMError, match=r"must be \(B, 4, H, W\), the mask last"):
             model.sample(y, 2, "ddpm", generator)
+
+
+@pytest.mark.parametrize(
+    "x", [X.mean(1, keepdim=True).expand_as(X), torch.zeros_like(X)], ids=["grey", "constant"]
+)
+def test_the_start_of_images_without_colours_or_detail(x, generator):
+    """Grey images saved in colour, or a colour that all share: what has no variance is no reason for NaN."""
+    y, corruption = torch.cat([x * M, M], 1), diffem.Mask(0.5)
+    start = diffem.fit_start(y, corruption, diffem.Config(smoothness=3.0, start_laps=3), generator)
+    error = start.draw(y, corruption, generator) - x
+    assert error.isfinite().all() and error.square().mean() < 0.5 and error.mean(1).square().mean() < 0.5
 
 
 def test_noise_in_grey_levels_is_questioned():

@@ -234,6 +234,13 @@ def test_draws_have_the_dense_posteriors_mean_and_covariance(corruption, rank, g
     assert ((torch.cov(x.T) - C).abs() < 0.05 * scale + 2e-3).all()
 
 
+def test_conjugate_gradients_may_go_on_after_they_have_converged(generator):
+    gaussian, corruption = Gaussian([3, 32, 32], power=3.0), Mask(0.0, 4.0)
+    y = corruption(gaussian.sample(4, generator), generator)
+    few, many = (gaussian.posterior(y, corruption.information(y), gaussian.mean, 1, n)[0] for n in (60, 2000))
+    torch.testing.assert_close(many, few, atol=1e-4, rtol=1e-4)
+
+
 def test_draws_agree_with_the_papers_blur(generator):
     """Width 2 and s = 1e-3 in float32: nine tenths of the coefficients are all but removed, and y tells the rest to 1e-3."""
     corruption, gaussian = Blur(2.0, 1e-3), Gaussian([3, 32, 32], power=3.0)
