@@ -1359,7 +1359,7 @@ def torchvision_images(settings: Settings) -> tuple[Tensor, Tensor]:
 def image_files(settings: Settings) -> list[Path]:
     own, folder = bool(settings.observations), Path(settings.observations or settings.data_dir)
     require(folder.is_dir(), f"no folder {folder} ({'--observations' if own else '--data-dir'})")
-    files = export.find_images(folder, arrays=own)
+    files = export.find_images(folder, own, settings.masks)
     require(len(files) > 0, f"no images in {folder}")
     return files
 

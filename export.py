@@ -6,7 +6,8 @@
 model.ts.pt  the denoiser, for torch.jit.load: model(xt, sigma, y); model.sample(y, steps, method, generator)
              (torch.export cannot keep a loop over a number of steps that is chosen later, nor a generator)
 model.onnx   one step of every sampler. The file's metadata, as JSON, hold sigma_min, sigma_max, channels,
-             corruption, method, steps and more; sha256 is that of the file without these 64 digits. Float32:
+             corruption, method, steps and more; sha256, which is not JSON, is that of the file without these
+             64 digits. Values of downsampled images are repeated to the size of x. Float32:
 
     xt            batch, C, height, width      noisy image; at first sigma_max times normal noise
     sigma         batch                        its noise level
@@ -42,12 +43,14 @@ import numpy as np
 
 # torch, diffem, onnxruntime and Pillow are imported where they are used: restoring must not need PyTorch
 
-FORMAT = 2  # of model.onnx: its inputs, outputs and metadata
+FORMAT = 3  # of model.onnx: its inputs, outputs and metadata
 TILE, OVERLAP = 512, 64  # pixels of the tiles of a large image: below 1 GB with the small networks
 PIXELS = {"cpu": 2**16, "cuda": 2**20}  # of the images that are sampled at once, at first
 SHA256 = re.compile(rb"\x0a\x06sha256\x12\x40([0-9a-f]{64})")  # this entry of the metadata
 METHODS = ("ddpm", "ddim", "sde2m", "dpm2m")
-METADATA = dict.fromkeys(("channels", "steps", "multiple", "grid"), int) | dict(masks=bool, parameters=dict)
+METADATA = dict.fromkeys(("channels", "steps", "multiple", "grid", "overlap", "factor"), int) | dict(
+    masks=bool, parameters=dict
+)
 METADATA |= dict.fromkeys(("sigma_min", "sigma_max", "masked_noise"), (int, float))
 METADATA |= dict(method=str, corruption=str)
 
@@ -133,24 +136,31 @@ def sealed(content: bytes) -> bytes:
 
 def describe(denoiser, settings, half: bool) -> dict:
     """The metadata of model.onnx."""
-    from diffem import Mask
+    from diffem import Blur, Downsample, Mask
 
     corruption, (channels, *size) = denoiser.corruption, denoiser.x_shape
     multiple = 2 ** (len(settings.channels) - 1)  # of the sides that the U-Net halves without a rest
-    grid = math.lcm(16, multiple, corruption.patch)  # of the tiles of a large image
+    # Of the tiles of a large image. A wide blur reaches far over their borders
+    grid = math.lcm(16, multiple, corruption.patch, corruption.block or 1)
+    width = corruption.width if isinstance(corruption, Blur) else 0
+    overlap = round(min(TILE / 2, max(OVERLAP, 20 * width)))
+    factor = corruption.factor if isinstance(corruption, Downsample) else 1
     # s of the pixels that are observed: below half a grey level they keep their values
     noise = corruption.noise if isinstance(corruption, Mask) else 4.0
     kind, schedule = "float16" if half else "float32", "log-uniform from sigma_max to sigma_min, then 0"
     meta = {name: getattr(settings, name) for name in ("sigma_min", "sigma_max", "method", "corruption")}
-    meta |= dict(steps=settings.sample_steps, parameters=settings.parameters, schedule=schedule)
+    # Not those that the files have replaced
+    unused = ["rate"] * bool(corruption.masked) + ["quality"] * bool(settings.parameters.get("tables"))
+    parameters = {name: value for name, value in settings.parameters.items() if name not in unused}
+    meta |= dict(steps=settings.sample_steps, parameters=parameters, schedule=schedule, factor=factor)
     meta |= dict(format=FORMAT, channels=channels, image_size=size, range=[-2, 2], dtype=kind, grid=grid)
-    return meta | dict(
-        multiple=multiple, masks=corruption.hides_pixels() or bool(corruption.masked), masked_noise=noise
-    )
+    masks = corruption.hides_pixels() or bool(corruption.masked)
+    return meta | dict(multiple=multiple, overlap=overlap, masks=masks, masked_noise=noise)
 
 
 def largest_errors(denoiser, script: bytes, onnx: bytes) -> list[float]:
-    """Of both files against the denoiser, on random inputs of another batch and size than the traced ones."""
+    """Of both files against the denoiser, on random inputs of another batch and size than the traced ones, as
+    a fraction of the largest value where that is above 1: random numbers are no blurred image."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -168,7 +178,8 @@ def largest_errors(denoiser, script: bytes, onnx: bytes) -> list[float]:
     inputs = dict(xt=xt, sigma=sigma, y=y, coefficients=coefficients, x0_previous=previous, noise=noise)
     (xs,) = Restorer(onnx, "cpu").session.run(["xs"], {name: v.numpy() for name, v in inputs.items()})
     xs = torch.tensor(xs) - (a * xt + b * x0 + c * previous + d * noise)
-    return [float(difference.abs().max()) for difference in (redrawn - drawn, xs)]
+    largest = x0.abs().max().clamp_min(1)
+    return [float(difference.abs().max() / largest) for difference in (redrawn - drawn, xs)]
 
 
 def export(folder: str, out: str = "", half: bool = False, best: bool = False, corruption=None) -> None:
@@ -213,21 +224,22 @@ class Picture:
     doubt: str = ""  # why the model may not suit it
 
 
-def find_images(folder: Path, arrays: bool = False, ignore: Path | None = None) -> list[Path]:
+def find_images(folder: Path, arrays: bool = False, *ignore: str | Path | None) -> list[Path]:
     """The image files, and the .npy files if wanted, at any depth of a folder. Hidden files, hidden folders,
-    folders `runs` and `restored`, and the folder `ignore` are left out; a linked folder is followed once."""
+    folders `runs` and `restored`, and those to ignore are left out; a linked folder is followed once."""
     from PIL import Image
 
     suffixes = [suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN]
     suffixes += [".npy"] * arrays
-    found, seen = [], {ignore and os.path.realpath(ignore)}
+    found, seen = [], {os.path.realpath(path) for path in ignore if path}
     for root, folders, names in os.walk(folder, followlinks=True):
         new = os.path.realpath(root) not in seen
         seen.add(os.path.realpath(root))
         ours = "runs", "restored"
         folders[:] = sorted(name for name in folders if new and name[0] != "." and name not in ours)
         paths = (Path(root, name) for name in names if new and name[0] != ".")
-        found += [path for path in paths if path.suffix.lower() in suffixes and path.is_file()]
+        files = (path for path in paths if path.suffix.lower() in suffixes and path.is_file())
+        found += [path for path in files if os.path.realpath(path) not in seen]
     return sorted(found)
 
 
@@ -297,6 +309,9 @@ def open_image(path: Path):
         require(ok, f"mode {file.mode} is not supported: save it as grey or RGB of 8 bits")
         inverted = file.format == "TIFF" and file.mode[0] in "FI" and file.tag_v2.get(262) == 0
         require(not inverted, "0 is white in this TIFF: save it with 0 as black")
+        # Pillow scales the values, but not the one that is transparent
+        shallow = file.mode == "L" and "transparency" in file.info and re.search(";[24]'", str(file.tile))
+        require(not shallow, "grey of 2 or 4 bits with transparency is not supported: save it with 8 bits")
         return ImageOps.exif_transpose(file)
 
 
@@ -453,15 +468,17 @@ class Restorer:
             metadata = self.session.get_modelmeta().custom_metadata_map
             meta = self.metadata = {key: json.loads(v) for key, v in metadata.items() if key != "sha256"}
         version = meta.get("format")
-        require(version == FORMAT, f"{path} has format {version}, this export.py reads format {FORMAT}")
+        mine = f"this export.py reads format {FORMAT}: export the run anew"
+        require(version == FORMAT, f"{path} has format {version}, {mine}")
         wrong = [name for name, kind in METADATA.items() if not isinstance(meta.get(name), kind)]
         ok = not wrong and 0 < meta["sigma_min"] < meta["sigma_max"] and meta["method"] in METHODS
-        ok = ok and min(meta[name] for name in ("channels", "steps", "multiple", "grid")) > 0
+        ok = ok and min(value for name, value in meta.items() if METADATA.get(name) is int) > 0
         wrong = ", ".join(wrong) or "values"
         require(ok, f"the metadata of {path} are not those of an exported model ({wrong})")
 
     def __call__(self, y: np.ndarray, steps: int = 0, method: str = "", seed: int = 0) -> np.ndarray:
-        """A sample x0 ~ q(x0 | y) for each of observations y (N, C + 1, H, W) -> (N, C, H, W), in [-2, 2].
+        """A sample x0 ~ q(x0 | y) for each of observations y (N, C + 1, H, W) -> (N, C, H, W). Black is -2,
+        white 2; some values lie outside: clip them before you round.
 
         The last channel of y is 1 where a pixel is observed; where it is 0, so is the rest. steps, method: 0
         and "" for those of the export. Row i has the noise of default_rng((seed, i)), whatever the batch.
@@ -480,8 +497,10 @@ class Restorer:
         require(ok, "the observations must be finite numbers, black -2 and white 2")
         require(np.isin(m, (0, 1)).all(), "the last channel of the observations must be 0 or 1")
         require((y == y * m).all(), "where the last channel of y is 0, the others must be 0 too")
+        ok = meta["masks"] or (m.all((1, 2, 3)) | ~m.any((1, 2, 3))).all()
+        require(ok, f"no pixels may be missing where the corruption is {meta['corruption']}")
         if meta["masks"]:  # what is added was not observed, and is cut off in the end
-            y = np.pad(y, ((0, 0), (0, 0), (0, -H % least), (0, -W % least)))
+            y = np.pad(y, ((0, 0), (0, 0), (0, max(0, least - H)), (0, max(0, least - W))))
         require(min(y.shape[2:]) >= least, f"{H}x{W} pixels: the model takes {least}x{least} or more")
         steps, method = steps or meta["steps"], method or meta["method"]
         table = sampler(method, steps, meta["sigma_min"], meta["sigma_max"])
@@ -504,8 +523,8 @@ class Restorer:
         image is denoised by overlapping tiles, whose weights fall to 0 near an edge that is not the image's.
         """
         generators = [np.random.default_rng(seed) for seed in seeds]
-        (N, C, H, W), grid = y.shape, self.metadata["grid"]
-        parts = list(itertools.product(tiles(H, grid), tiles(W, grid)))
+        (N, C, H, W), how = y.shape, (self.metadata["grid"], self.metadata["overlap"])
+        parts = list(itertools.product(tiles(H, *how), tiles(W, *how)))
 
         def draw() -> np.ndarray:
             return np.stack([g.standard_normal((C - 1, H, W), np.float32) for g in generators])
@@ -527,17 +546,17 @@ class Restorer:
         return xt
 
 
-def tiles(n: int, grid: int = 16) -> list[tuple[slice, np.ndarray]]:
+def tiles(n: int, grid: int = 16, overlap: int = OVERLAP) -> list[tuple[slice, np.ndarray]]:
     """Parts of a side of n pixels, about TILE long from multiples of `grid` on, with weights of pixels."""
-    step = max(1, (TILE - OVERLAP) // grid) * grid
-    length, number = step + OVERLAP, max(1, -(-(n - OVERLAP) // step))
+    step = max(1, (TILE - overlap) // grid) * grid
+    length, number = step + overlap, max(1, -(-(n - overlap) // step))
     first = [grid * round(i * (n - length) / max(1, number - 1) / grid) for i in range(number)]
     last = [start + length for start in first[:-1]] + [n]
     parts = []
     for i, (start, stop) in enumerate(zip(first, last)):
         near = np.arange(stop - start) + 0.5  # to the edges; a quarter of the overlap is not used at all
         near = np.minimum(near + 1e9 * (i == 0), near[::-1] + 1e9 * (i == number - 1))
-        parts.append((slice(start, stop), np.clip(near / OVERLAP * 2 - 0.5, 1e-6, 1).astype(np.float32)))
+        parts.append((slice(start, stop), np.clip(near / overlap * 2 - 0.5, 1e-6, 1).astype(np.float32)))
     return parts
 
 
@@ -564,25 +583,32 @@ def write_images(target: Path, x: np.ndarray, like: Picture) -> None:
                 Image.fromarray(values).save(file, Image.registered_extensions()[like.suffix], **extra)
 
 
-def targets(inputs: list[str], out: Path) -> dict[Path, tuple[Path, Path]]:
+def targets(inputs: list[str], out: Path, masks: str | None) -> dict[Path, tuple[Path, Path]]:
     """The image files of the inputs, with the folder of each, by the path of its results without ending."""
     found = {}
     for given in map(Path, inputs):
         require(given.exists(), f"no file or folder {given}")
         require(given.resolve() != out.resolve(), f"{given} is the input: choose another folder for --out")
-        files, folder = (find_images(given, True, out), given) if given.is_dir() else ([given], given.parent)
+        files, folder = [given], given.parent
+        if given.is_dir():
+            files, folder = find_images(given, True, out, masks), given
         require(len(files) > 0, f"no images in {given}")
         for file in files:
             target = out / file.relative_to(folder).parent / file.stem
             require(target not in found, f"two inputs, {file} and another, would be restored to {target}")
             found[target] = (file, folder)
+    names = {target.resolve() for target in found}
+    for file, _ in found.values():
+        name = file.resolve().with_suffix("")
+        other = name.with_name(re.sub(r"_(sample\d+|mean|std)$", "", name.name))
+        require(other == name or other not in names, f"a result would replace {file}: choose another --out")
     return found
 
 
 def observations(files: dict, metadata: dict, options: argparse.Namespace, bad: list):
     """Each target with its picture, as the model takes it. What cannot be read goes to `bad`."""
     corruption, least, masks = metadata["corruption"], metadata["multiple"], Path(options.masks or "")
-    factor = metadata["parameters"]["factor"] if corruption == "downsample" else 1
+    factor = metadata["factor"]
     for target, (path, folder) in files.items():
         try:
             mask = None
@@ -614,7 +640,7 @@ def restore(options: argparse.Namespace) -> None:
     sampler(method, steps, 1, 2)  # raises if there is no such method or number
     require(1 <= samples <= 1000 and options.seed >= 0, "--samples must be from 1 to 1000, --seed at least 0")
     require(options.masks or not options.invert_masks, "--invert-masks needs --masks")
-    files = targets(options.inputs, out)
+    files = targets(options.inputs, out, options.masks)
     out.mkdir(parents=True, exist_ok=True)
     if options.device == "auto" and restorer.no_cuda:
         print(f"on the CPU: {restorer.no_cuda}", file=sys.stderr)

@@ -16,6 +16,7 @@ from PIL import Image
 
 import diffem
 import export
+from diffem import Blur, Jpeg, Mask
 from export import Restorer, sealed
 
 ROOT = Path(__file__).parents[1]
@@ -88,7 +89,8 @@ def frozen(tmp_path_factory):
 
     def folder_of(name):
         if name not in folders:
-            folders[name] = make_run(tmp_path_factory.mktemp("frozen") / name, (3, 16, 16), name)
+            paper = dict(width=2.0, noise=1e-3) if name == "blur" else {}  # w is up to 1e6
+            folders[name] = make_run(tmp_path_factory.mktemp("frozen") / name, (3, 16, 16), name, paper)
             exported(folders[name])
         return folders[name]
 
@@ -164,10 +166,59 @@ def test_restorer_equals_eager_sampling_with_the_same_noise(run, restorer, metho
     assert np.abs(x - restorer(y, steps=steps, method=method, seed=5)).max() > 0.1
 
 
-def test_sizes_that_the_network_cannot_halve_are_padded(restorer):
-    y = observations((2, 3, 10, 21))
-    padded = np.pad(y, ((0, 0), (0, 0), (0, 2), (0, 3)))  # by pixels that were not observed
-    np.testing.assert_array_equal(restorer(y, steps=3), restorer(padded, steps=3)[..., :10, :21])
+def test_images_smaller_than_the_network_halves_are_padded(restorer):
+    """Others are not: a pixel that is added counts as missing, and a blur says nothing of an image with such a pixel."""
+    y = observations((2, 3, 3, 21))
+    padded = np.pad(y, ((0, 0), (0, 0), (0, 1), (0, 0)))  # by pixels that were not observed
+    np.testing.assert_array_equal(restorer(y, steps=3), restorer(padded, steps=3)[..., :3, :])
+    y, sizes, loop = observations((2, 3, 10, 21)), [], Restorer._loop
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Restorer, "_loop", lambda self, y, *rest: sizes.append(y.shape[2:]) or loop(self, y, *rest)
+        )
+        restorer(y, steps=3)
+    assert sizes == [(10, 21)]
+
+
+def test_an_observation_that_the_corruption_cannot_make_is_refused(frozen):
+    """With blur, one missing pixel would take all that y says of the image; y = 0 is an unconditional sample."""
+    restorer, y = (
+        Restorer(frozen("blur") / "model.onnx", "cpu", threads=1),
+        np.ones((2, 4, 16, 16), np.float32),
+    )
+    y[1] = 0
+    assert np.isfinite(restorer(y, steps=2)).all()
+    y[0, :, 3, 3] = 0
+    with pytest.raises(export.DiffEMError, match="no pixels may be missing where the corruption is blur"):
+        restorer(y, steps=2)
+
+
+class Camera(diffem.Downsample):
+    """A corruption of one's own that is like one of ours."""
+
+
+def test_metadata_tell_what_the_files_have_replaced_and_how_large_images_are_cut():
+    def of(corruption, **parameters):
+        denoiser = diffem.new_denoiser(
+            diffem.Gaussian([3, 8, 8]), corruption, diffem.Config(channels=(8,)), "cpu"
+        )
+        return export.describe(denoiser, diffem.Settings(parameters=parameters), False)
+
+    masked = Mask(0.75)
+    masked.masked.fill_(True)
+    assert of(masked, rate=0.75, noise=0.0)["parameters"] == dict(noise=0.0)
+    assert of(Jpeg(tables=[9] * 64), quality=20, tables=(9,) * 64)["parameters"] == dict(tables=(9,) * 64)
+    assert of(Jpeg(30), quality=30, tables=())["parameters"] == dict(quality=30, tables=())
+    assert of(Camera(2), factor=2)["factor"] == 2 and of(Mask(0.5))["factor"] == 1
+    own = diffem.Corruption()
+    own.block = 12
+    assert of(own)["grid"] == 48 and of(Mask(0.5))["overlap"] == 64
+    # The blur of one tile reaches over its border: 4 widths, and what is restored still farther
+    assert (
+        of(Blur(10.0))["overlap"] == 200
+        and of(Blur(1.0))["overlap"] == 64
+        and of(Blur(99.0))["overlap"] == 256
+    )
 
 
 @pytest.mark.parametrize("method", ["ddpm", "ddim", "sde2m", "dpm2m"])
@@ -240,9 +291,9 @@ def test_the_onnx_file(run, restorer):
     recorded = {entry.key: json.loads(entry.value) for entry in model.metadata_props if entry.key != "sha256"}
     assert recorded == restorer.metadata
     assert recorded == dict(
-        format=2, channels=3, image_size=[16, 16], range=[-2, 2], dtype="float32", sigma_min=1e-3, sigma_max=100.0,
+        format=3, channels=3, image_size=[16, 16], range=[-2, 2], dtype="float32", sigma_min=1e-3, sigma_max=100.0,
         schedule="log-uniform from sigma_max to sigma_min, then 0", method="ddpm", steps=5, corruption="mask",
-        parameters=dict(rate=0.75, noise=1e-3), masks=True, masked_noise=1e-3, grid=16, multiple=4,
+        parameters=dict(rate=0.75, noise=1e-3), masks=True, masked_noise=1e-3, grid=16, multiple=4, overlap=64, factor=1,
     )  # fmt: skip
 
 
@@ -448,13 +499,14 @@ def test_restore_without_pytorch(run, restorer, pictures):
 def test_masks_in_files_of_their_own(run, pictures):
     (pictures / "masks/more").mkdir(parents=True)
     (pictures / "plain/more").mkdir(parents=True)
+    (pictures / "plain/masks").symlink_to(pictures / "masks")  # in a folder of images, masks are none
     for name in ("a", "b", "more/c"):
         image = Image.open(pictures / f"in/{name}.png")
         image.convert("RGB").save(pictures / f"plain/{name}.bmp")
         image.getchannel("A").save(pictures / f"masks/{name}.png")
     commands = {
         "out": ["in"],
-        "folder": ["plain", "--masks", "masks"],
+        "folder": ["plain", "--masks", "plain/masks"],
         "file": ["plain/a.bmp", "--masks", "masks/a.png"],
     }
     for out, arguments in commands.items():
@@ -525,7 +577,7 @@ def test_bad_models(run, pictures, monkeypatch, capsys):
             content[: weights - 9] + bytes([content[weights - 9] ^ 1]) + content[weights - 8 :],
             "sha256",
         ),
-        "format": (rewritten(content, "format", 1), "has format 1, this export.py reads format 2"),
+        "format": (rewritten(content, "format", 1), "has format 1, this export.py reads format 3: export"),
         "sigma": (rewritten(content, "sigma_min", 0), "metadata"),
         "multiple": (rewritten(content, "multiple", 0), "metadata"),
         "channels": (rewritten(content, "channels", "3"), "metadata of channels.onnx are not those"),
@@ -548,6 +600,7 @@ def test_bad_pictures(run, pictures, monkeypatch, capsys):
     Path("empty").mkdir()
     Path("file").write_text("")
     Image.open("in/b.png").save("in/b.webp", lossless=True)
+    Image.open("in/b.png").save("in/a_mean.png")
     for arguments, message in [
         ("opaque.png --masks mask.png", "its mask has 15x16 pixels, not 16x16"),
         ("opaque.png --masks opaque.png", "black where a pixel is missing"),
@@ -556,6 +609,7 @@ def test_bad_pictures(run, pictures, monkeypatch, capsys):
         ("absent.png", "no file or folder absent.png"),
         ("empty", "no images in empty"),
         ("in", "two inputs"),
+        ("in/a.png in/a_mean.png -o in", "a result would replace in/a_mean.png"),
         ("in/a.png -o file", "file"),
         ("in/a.png -o file/out", "file"),
         ("in/a.png --steps -1", "steps"),

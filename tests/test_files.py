@@ -1,6 +1,7 @@
 """Users' files: what each is, and what it must be read as, or the one line that refuses it. Small files of many kinds."""
 
 import io
+import itertools
 import os
 import struct
 import subprocess
@@ -28,15 +29,16 @@ A = (255 * K).astype(np.uint8)
 RED = np.where(K[..., None], P, np.array([255, 0, 0], np.uint8))
 
 
-def png16(path: Path, array: np.ndarray, colour: int, transparent: int | None = None):
-    """A PNG of 16 bits: Pillow does not write those in colour."""
+def png16(path: Path, array: np.ndarray, colour: int, transparent: int | None = None, bits: int = 16):
+    """A PNG of 16 bits, or of 4: Pillow does not write those in colour, or with a transparent grey."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     height, width = array.shape[:2]
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0))
+    packed = array[:, ::2] << 4 | array[:, 1::2] if bits == 4 else array
+    rows = b"".join(b"\0" + row.astype("u1" if bits == 4 else ">u2").tobytes() for row in packed)
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
     head += chunk(b"tRNS", struct.pack(">H", transparent)) if transparent is not None else b""
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
@@ -146,6 +148,7 @@ BAD = [
     ("rgb 16.png", lambda p: png16(p, P.astype(np.uint16) * 256 + 128, 2), 3, "16 bits"),
     ("rgba 16.png", lambda p: png16(p, np.dstack([P, A]).astype(np.uint16) * 257, 6), 3, "16 bits"),
     ("grey alpha 16.png", lambda p: png16(p, np.dstack([G, A]).astype(np.uint16) * 257, 4), 1, "16 bits"),
+    ("grey 4 trns.png", lambda p: png16(p, np.where(K, G // 17, 15), 0, 15, 4), 1, "2 or 4 bits with transp"),
     ("pages.tif", pages, 3, "3 pages"),
     ("film.gif", pages, 3, "3 pages or frames"),
     ("film.webp", pages, 3, "3 pages or frames"),
@@ -239,9 +242,9 @@ def test_which_files_of_a_folder_are_images(tmp_path):
     (tmp_path / "deep/round").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "outside").mkdir()
     (tmp_path / "deep/d.png").mkdir()
-    names = [str(path.relative_to(tmp_path)) for path in find_images(tmp_path, ignore=tmp_path / "out")]
+    names = [str(path.relative_to(tmp_path)) for path in find_images(tmp_path, False, tmp_path / "out")]
     assert names == ["a.png", "deep/er/b.JPG"]
-    assert len(find_images(tmp_path, arrays=True, ignore=tmp_path / "out")) == 3
+    assert len(find_images(tmp_path, True, tmp_path / "out")) == 3
 
 
 @pytest.mark.parametrize("stem", ["plain", "scan.2024.01", "photo[1]", "my photo (1)", "été 猫", "a.b"])
@@ -529,6 +532,7 @@ def test_tiles_cover_a_side_and_overlap():
             weights[part] += weight
         assert weights.min() >= 0.9 and (len(parts) == 1) == (n <= export.TILE)
         assert all(a.stop - b.start >= 48 for (a, _), (b, _) in zip(parts, parts[1:]))
+    assert all(a.stop - b.start >= 200 for (a, _), (b, _) in itertools.pairwise(export.tiles(4321, 48, 200)))
     for grid in range(1, 130):  # as of a downsampling by 3, 11, ...
         for n in (300, 953, 2281, 2744):
             parts = [part for part, _ in export.tiles(n, grid)]
@@ -551,8 +555,8 @@ def test_a_large_image_in_tiles_is_the_image_at_once(size, models, monkeypatch):
     y = np.concatenate([m * smooth, m])[None].astype(np.float32)
     whole = restorer(y, steps=6, method="ddim")
     monkeypatch.setattr(export, "TILE", 64)
-    monkeypatch.setattr(export, "OVERLAP", 48)
-    assert len(export.tiles(size[0])) * len(export.tiles(size[1])) > 4
+    monkeypatch.setitem(restorer.metadata, "overlap", 48)
+    assert len(export.tiles(size[0], 16, 48)) * len(export.tiles(size[1], 16, 48)) > 4
     tiled = restorer(y, steps=6, method="ddim")
     difference = np.abs(tiled - whole)
     assert difference.max() < 0.1 and difference.mean() < 0.01, (difference.max(), difference.mean())
