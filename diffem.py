@@ -62,8 +62,8 @@ from export import METHODS, DiffEMError, require
 
 def generator_for(device, *key: int) -> torch.Generator:
     """A generator seeded by integers, so that a run needs no stored state to resume: (seed, lap, step, rank)
-    in the laps, else (seed, 0, k), where k is 0 for the observations, 1 for the start, 2 the weights, 3 the
-    pictures, 4 the order of the images, 5 their squares, 6 the scores."""
+    in the laps, where the E-step goes on counting by images; else (seed, 0, k), k = 0 for the observations, 1
+    the start, 2 the weights, 3 the pictures, 4 the order of the images, 5 their squares, 6 the scores."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)
     return torch.Generator(device).manual_seed(int(seed))
 
@@ -253,7 +253,7 @@ class Corruption(nn.Module):
 
     __constants__ = ["noise", "block", "patch"]
     noise = 0.0  # s
-    block = 1  # side of the blocks of T; 0: the whole image
+    block = 1  # side of the blocks of T; 0: the whole image, of which no pixel may be missing
     patch = 1  # side of the squares that are observed together
     multiple = 1  # the sides of images must be multiples of this
     rescale = False  # the default of --rescale: is the same detail lost in every image?
@@ -443,8 +443,9 @@ class Downsample(Linear):
 
 
 class Jpeg(Corruption):
-    """JPEG as libjpeg writes and reads it, bit for bit: of `quality` 1 to 100, or by a file's quantisation
-    tables, 64 numbers (grey) or 128. subsampling of colours: 0 is 4:4:4, 1 is 4:2:2, 2 is 4:2:0."""
+    """JPEG as libjpeg writes and reads it, bit for bit from a width of 5 pixels on. quality: 1 to 100.
+    tables: in its place the quantisation tables of a file, 64 numbers (grey) or 128. subsampling: 0 is 4:4:4,
+    1 is 4:2:2, 2 is 4:2:0."""
 
     block, patch, rescale, limits = 8, 8, True, dict(quality=(1, 100))
     # The left half of libjpeg's DCT matrix, times 8192 sqrt(8), and its colour matrices, times 65536
@@ -572,12 +573,13 @@ class Gaussian(nn.Module):
     def draw(self, y: Tensor, corruption: Corruption, generator: torch.Generator) -> Tensor:
         """x ~ p(x | y) for each of y (N, C + 1, H, W), exact where w is: the posterior mean, with a sample in
         place of the mean and h + w^(1/2) eps in place of h (Papandreou & Yuille 2010)."""
-        parts = []
+        parts, steps = [], max(64, 2 * max(y.shape[2:]))  # more where large areas may be missing
         for part in y.split(at_most(512, y[0])):
             part = as_float(part, generator.device)
             (w, h), x = corruption.information(part), self.sample(len(part), generator)
             h = h + w.sqrt() * randn_like(h, generator)
-            parts.append(inverse(self.posterior(part, (w, h), x, corruption.block, 64)[0], corruption.block))
+            t, _ = self.posterior(part, (w, h), x, corruption.block, steps)
+            parts.append(inverse(t, corruption.block))
         return torch.cat([part.to(y.device) for part in parts])
 
     def precision(self, t: Tensor, S: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -602,11 +604,12 @@ class Gaussian(nn.Module):
         rows, columns = [dct(0, n, h.device) @ dct(block, n, h.device).T for n in (H, W)]
         # 1 / diag T S T^T and diag T S^-1 T^T
         alone, given_all = 1 / (rows.T**2 @ S @ columns**2), rows.T**2 @ (1 / S) @ columns**2
-        least = w.amin((1, 2, 3), keepdim=True)
+        least = w.amin((1, 2, 3), keepdim=True)  # what is known of every coefficient: 1 / sigma^2, by xt
         a, t = alone.expand_as(h), transform(mean, block)
         b = self.precision(t, S, rows, columns) + h
         if block > 0:
             guess = interpolate(y, mean)
+            # The fraction of x that y tells, and the same near each pixel
             known = ((w - least) / (w - least + alone)).mean((1, 2, 3), keepdim=True).clamp_max(0.999)
             near = guess[:, -1:] * known / y[:, -1:].mean((1, 2, 3), keepdim=True).clamp_min(1e-3)
             a = alone + near.clamp(0, 1) * (given_all - alone)
@@ -850,7 +853,7 @@ class Denoiser(nn.Module):
         return self.estimate(xt, sigma, y)[0]
 
     def loss(self, x0: Tensor, y: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
-        """Eq. 10 for each x0 (B, C, H, W) at noise level sigma (B,): (B,), about 1 while F is 0.
+        """Eq. 10 for each x0 (B, C, H, W) at noise level sigma (B,): (B,), from 0.4 to 1.4 while F is 0.
 
         The paper's lambda(sigma) |e|^2 / d,  lambda = 1 / sigma^2 + 1,  weighs the error e = D - x0 by the
         precision of x0 given xt under N(0, I). Here it is the Gaussian's, given xt and y,  |e|^2 / sum v. For
@@ -962,7 +965,7 @@ def em(y: Tensor, corruption: Corruption, config: Config, state: State | None = 
     if state is None:
         for part in y.split(4096):
             check_observations(as_float(part, part.device))
-        state = first_state(y, corruption.to(device), config, generator_for(device, config.seed, 0, 1, 0))
+        state = first_state(y, corruption.to(device), config, generator_for(device, config.seed, 0, 1))
         yield state
     while state.lap < config.laps or state.drawn < len(y):
         if state.drawn == len(y):
@@ -1132,7 +1135,7 @@ PRESETS = {
     ("cifar10", "published"): PAPER | CIFAR,
     ("celeba", "small"): PHOTOS | dict(channels=(16, 32, 64, 128), limit=10_000, image_size=64),
     ("celeba", "published"): PAPER | CELEBA | dict(sample_batch=512, image_size=64),
-    ("folder", "small"): PHOTOS,
+    ("folder", "small"): PHOTOS | dict(held_out=0),
     ("observations", "small"): PHOTOS | dict(held_out=0),
 }
 DATASETS, KINDS = (tuple(dict.fromkeys(names)) for names in zip(*PRESETS))
@@ -1367,16 +1370,18 @@ def image_files(settings: Settings) -> list[Path]:
 def squares(files: list[Path], settings: Settings) -> tuple[int, int, int]:
     """For --crop, which takes images of any size: the side of the squares to cut, twice --crop if all images
     allow it; the number to cut from each image, and from all."""
+    observed = settings.observations and issubclass(CORRUPTIONS[settings.corruption], Downsample)
+    crop = settings.crop // (settings.parameters.get("factor", 1) if observed else 1)  # of small files
     sizes = {}
     for path in files:
         with suppress(Exception):  # which reading the file will report
             sizes[path] = (settings.image_size,) * 2 if settings.image_size else export.image_size(path)
     require(len(sizes) > 0, "none of the images can be read")
     smallest = min(sizes, key=lambda path: min(sizes[path]))
-    side = min(2 * settings.crop, *sizes[smallest])
-    require(side >= settings.crop, f"{smallest} has a side of {side} pixels: take a smaller --crop")
+    side = min(2 * crop, *sizes[smallest])
+    require(side >= crop, f"{smallest} has a side of {side} pixels: take a smaller --crop")
     if side > 16:  # the blocks of JPEG stay in place
-        side = max(side - side % 16, settings.crop)
+        side = max(side - side % 16, crop)
     each = math.ceil(settings.number_to_read() / len(files)) if settings.limit else 10**9
     return side, each, sum(min(each, (H // side) * (W // side)) for H, W in sizes.values())
 

@@ -607,6 +607,20 @@ def test_squares_that_a_corruption_cannot_take(tmp_path, monkeypatch, capsys):
     assert "--crop must be a multiple of 4" in err and "images read" not in out  # before they are read
 
 
+def test_squares_of_small_observations(tmp_path):
+    """--crop counts the pixels of x: 24x24 observations, downsampled by 2, give squares of 24 at most."""
+    folder_of(tmp_path / "in", lambda i: pillow(np.kron(P[:, :6], np.ones((4, 4, 1), np.uint8))), "png")
+    common = dict(
+        dataset="observations", observations=str(tmp_path / "in"), corruption="downsample", held_out=2
+    )
+    for crop, side in ((48, 24), (32, 16), (8, 8)):  # twice the crop, multiples of 16
+        settings = diffem.Settings(**common, crop=crop, parameters=dict(factor=2, noise=0.01))
+        data = diffem.observe(settings)
+        assert data.y.shape[2:] == (2 * side, 2 * side), (crop, data.y.shape)
+    with pytest.raises(DiffEMError, match="take a smaller --crop"):
+        diffem.observe(diffem.Settings(**common, crop=50, parameters=dict(factor=2, noise=0.01)))
+
+
 # ---- Kinds of JPEG
 
 

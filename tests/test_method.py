@@ -241,6 +241,23 @@ def test_conjugate_gradients_may_go_on_after_they_have_converged(generator):
     torch.testing.assert_close(many, few, atol=1e-4, rtol=1e-4)
 
 
+def test_draws_of_large_images_with_large_gaps_are_those_of_more_steps(generator):
+    """64 steps do not reach far enough."""
+    gaussian, corruption = Gaussian([1, 64, 64], power=3.0), Block(0.5, 1e-3)
+    x0 = gaussian.sample(2, generator)
+    y = corruption(x0, generator)
+    missing, errors = 1 - y[:, -1:], []
+    for steps in (0, 512):
+        noise = torch.Generator().manual_seed(1)
+        with pytest.MonkeyPatch.context() as patch:
+            exact = Gaussian.posterior
+            if steps:
+                patch.setattr(Gaussian, "posterior", lambda *a: exact(*a[:-1], steps))
+            x = gaussian.draw(y, corruption, noise)
+        errors.append(float(((x - x0) * missing).square().sum() / missing.sum()) ** 0.5)
+    assert errors[0] < 1.25 * errors[1], errors
+
+
 def test_draws_agree_with_the_papers_blur(generator):
     """Width 2 and s = 1e-3 in float32: nine tenths of the coefficients are all but removed, and y tells the rest to 1e-3."""
     corruption, gaussian = Blur(2.0, 1e-3), Gaussian([3, 32, 32], power=3.0)
