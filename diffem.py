@@ -154,7 +154,8 @@ class Config:
     crop: int = setting(0, "train on random squares of so many pixels, of images of any size; 0: whole")
     rescale: bool = setting(False, "train on smaller copies too, down to half the size")
     method: str = setting("sde2m", "sampler", choices=METHODS)
-    first_method: str = setting("ddpm", "sampler of E-steps in the first half of the laps", choices=METHODS)
+    first_method: str = setting("ddpm", "sampler of E-steps in the first part of the laps", choices=METHODS)
+    first_part: float = setting(0.5, "fraction of the laps with --first-method", 0, 1)
     sample_steps: int = setting(8, "evaluations to restore an image", 1, 1e5)
     first_sample_steps: int = setting(16, "the same in lap 1; if fewer, they grow to it; 0: equal", 0, 1e5)
     sample_batch: int = setting(512, "images sampled at once; halved where memory is short", 1)
@@ -186,12 +187,13 @@ class Config:
 
     def e_step_sampler(self, lap: int) -> tuple[int, str]:
         """Evaluations of each image, and method, in the E-step of a lap >= 1. A few steps of ddpm draw too
-        narrowly. In the first half of the laps this speeds EM up, as over-relaxation does. The second half
-        must draw with the right spread, or the model becomes too certain of its own draws."""
-        if lap > self.laps / 2:
+        narrowly. In the first part of the laps this speeds EM up, as over-relaxation does. The rest must draw
+        with the right spread, or the model becomes too certain of its own draws."""
+        laps = self.first_part * self.laps
+        if lap > laps:
             return self.sample_steps, self.method
         first = self.first_sample_steps or self.sample_steps
-        growing = first * (self.sample_steps / first) ** (2 * (lap - 1) / self.laps)
+        growing = first * (self.sample_steps / first) ** ((lap - 1) / laps)
         return round(max(first, growing)), self.first_method
 
 
@@ -1121,6 +1123,7 @@ def e_step(state: State, y: Tensor, config: Config, generator: torch.Generator) 
 SMALL = dict(channels=(16, 32, 64), blocks=2, steps=1000, ema=0.995, laps=8, sample_batch=256)
 SMALL |= dict(start_rank=64, start_laps=16)
 PHOTOS = SMALL | dict(steps=500, flip=True, first_sample_steps=4, smoothness=3.0, start_laps=8)
+PHOTOS |= dict(first_part=1 / 3)
 PAPER = dict(blocks=5, dropout=0.1, laps=20, steps=50_000, batch=256, ema=0.9999, flip=True, jitter=True)
 PAPER |= dict(method="ddpm", sample_steps=256, first_sample_steps=0, unconditional_steps=256)
 PAPER |= dict(sample_batch=1024, smoothness=3.0)
