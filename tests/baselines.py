@@ -8,7 +8,7 @@ Ambient   Ambient Diffusion, Daras et al. 2023, arXiv 2305.19256: no EM; a denoi
 from dataclasses import replace
 
 import torch
-from manifold import Projection, VectorGaussian
+from manifold import VectorGaussian
 from torch import Tensor, nn
 
 import diffem
@@ -17,7 +17,7 @@ from diffem import Config, Corruption, Denoiser, Gaussian, Mask, State
 
 def measure(corruption: Corruption, x: Tensor, y: Tensor) -> Tensor:
     """A x, 0 where y is masked."""
-    return corruption.measure(x, y) if isinstance(corruption, Projection) else y[:, -1:] * corruption.A(x)
+    return corruption.measure(x, y) if hasattr(corruption, "measure") else y[:, -1:] * corruption.A(x)
 
 
 def conjugate_gradients(operator, b: Tensor, iterations: int) -> Tensor:

@@ -87,6 +87,9 @@ def test_the_first_e_steps_take_fewer_evaluations(monkeypatch):
         for lap in range(1, laps + 1)
     ]
     assert methods == ["sde2m", "ddim", "sde2m", "ddim", "ddim", "sde2m", "sde2m", "sde2m"]
+    third, never = (Config(laps=6, first_sample_steps=2, first_part=part) for part in (1 / 3, 0))
+    assert [third.e_step_sampler(lap) for lap in (1, 2, 3)] == [(2, "ddpm"), (4, "ddpm"), (8, "sde2m")]
+    assert never.e_step_sampler(1) == (8, "sde2m")
     with pytest.raises(DiffEMError, match="first-sample-steps"):
         Config(first_sample_steps=-1)
 
