@@ -1644,6 +1644,11 @@ def prepare(settings: Settings, folder: Path) -> Data:
     given = ", ".join(f"{name} {value}" for name, value in shown.items())
     processes = f"{size} processes on " if size > 1 else ""
     print(f"{folder}: {len(data.y)} observations, {settings.corruption} ({given}), {processes}{device}")
+    times = settings.steps * settings.batch // len(data.y)
+    if times > 100:
+        print(
+            f"a lap trains on each image {times} times, which few can bear: try --steps {settings.steps // 4}"
+        )
     return data
 
 

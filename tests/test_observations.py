@@ -109,6 +109,18 @@ def test_a_smaller_image_is_an_observation_of_a_larger_one(tmp_path):
     assert diffem.observe(settings(tmp_path, corruption="blur")).corruption.masks is None
 
 
+def test_few_images_ask_for_few_steps(tmp_path, monkeypatch, capsys):
+    """80 faces, by steps of 400 and of 80 times each image in a lap: energy 0.37 (0.28 in the best lap) and 0.28 (0.27)."""
+    monkeypatch.chdir(tmp_path)
+    write_transparent(tmp_path / "in")
+    monkeypatch.setattr(diffem, "train", lambda *arguments: 0)
+    for steps, advice in (("500", "on each image 1142 times"), ("35", "")):
+        flags = ["--observations", "in", *FLAGS, "--batch", "64", "--steps", steps]
+        assert diffem.main(flags) == 0
+        out = capsys.readouterr().out
+        assert (advice in out and "try --steps 35" in out) if advice else "by heart" not in out
+
+
 def test_tables_are_enough_for_jpeg(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_transparent(tmp_path / "in")
