@@ -1646,9 +1646,8 @@ def prepare(settings: Settings, folder: Path) -> Data:
     print(f"{folder}: {len(data.y)} observations, {settings.corruption} ({given}), {processes}{device}")
     times = settings.steps * settings.batch // len(data.y)
     if times > 100:
-        print(
-            f"a lap trains on each image {times} times, which few can bear: try --steps {settings.steps // 4}"
-        )
+        few = max(1, 80 * len(data.y) // settings.batch)
+        print(f"a lap trains on each image {times} times, and may learn them by heart: try --steps {few}")
     return data
 
 
