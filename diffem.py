@@ -1645,7 +1645,7 @@ def prepare(settings: Settings, folder: Path) -> Data:
     processes = f"{size} processes on " if size > 1 else ""
     print(f"{folder}: {len(data.y)} observations, {settings.corruption} ({given}), {processes}{device}")
     times = settings.steps * settings.batch // len(data.y)
-    if times > 100:
+    if len(data.y) < 1000 and times > 100:
         few = max(1, 80 * len(data.y) // settings.batch)
         print(f"a lap trains on each image {times} times, and may learn them by heart: try --steps {few}")
     return data
