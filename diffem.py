@@ -189,11 +189,11 @@ class Config:
         """Evaluations of each image, and method, in the E-step of a lap >= 1. A few steps of ddpm draw too
         narrowly. In the first part of the laps this speeds EM up, as over-relaxation does. The rest must draw
         with the right spread, or the model becomes too certain of its own draws."""
-        laps = self.first_part * self.laps
-        if lap > laps:
+        last = self.first_part * self.laps
+        if lap > last:
             return self.sample_steps, self.method
         first = self.first_sample_steps or self.sample_steps
-        growing = first * (self.sample_steps / first) ** ((lap - 1) / laps)
+        growing = first * (self.sample_steps / first) ** ((lap - 1) / last)
         return round(max(first, growing)), self.first_method
 
 
@@ -309,11 +309,17 @@ class Corruption(nn.Module):
     def hides_pixels(self) -> bool:
         return self.masks is not None or type(self).mask is not Corruption.mask
 
+    def observed(self, y: Tensor) -> Tensor:
+        """m, in a shape that expands to (B, 1, H, W): 0 for all of an image that lacks a pixel, if T is
+        of the whole image."""
+        m = y[:, -1:]
+        return m.amin((2, 3), keepdim=True) if self.block == 0 else m
+
     def information(self, y: Tensor) -> Pair:
         """w and h: (B, C + 1, H, W) -> both (B, C, H, W). Of a block that is observed in part, the gaps are
-        interpolated, and w and h are multiplied by the fraction observed; if it is the image, they are 0."""
+        interpolated, and w and h are multiplied by the fraction observed."""
         i, j = [torch.arange(n, device=y.device) % self.w.shape[-1] for n in y.shape[-2:]]
-        m = y[:, -1:].amin((2, 3), keepdim=True) if self.block == 0 else y[:, -1:]
+        m = self.observed(y)
         if self.block > 1:
             y = interpolate(y, torch.zeros_like(y[:1, :-1]))
             first = (i[:, None] == 0) & (j == 0)  # the coefficient of a block's mean
@@ -337,8 +343,8 @@ class Corruption(nn.Module):
 
 
 class Linear(Corruption):
-    """A = T^T k T with a known k, `transfer`. Then w = k^2 / s^2 and h = k T y / s^2. Both are 0 where a
-    pixel is missing. If T is of the whole image, one missing pixel makes them 0 everywhere."""
+    """A = T^T k T with a known k, `transfer`. Then w = k^2 / s^2 and h = k T y / s^2, 0 where a pixel is
+    missing."""
 
     def transfer(self, y: Tensor) -> Tensor:
         """k, in a shape that expands to (H, W)."""
@@ -346,8 +352,7 @@ class Linear(Corruption):
 
     def information(self, y: Tensor) -> Pair:
         # A patch of p x p pixels shares its noise: p s in T y. More than 1e6 would hide 1 / S in float32
-        m = y[:, -1:].amin((2, 3), keepdim=True) if self.block == 0 else y[:, -1:]
-        k, precision = self.transfer(y), m / max((self.patch * self.noise) ** 2, 1e-6)
+        k, precision = self.transfer(y), self.observed(y) / max((self.patch * self.noise) ** 2, 1e-6)
         t = transform(y[:, :-1], self.block)
         return (precision * k**2).expand_as(t), precision * k * t
 
@@ -1286,14 +1291,14 @@ def try_out(corruption: Corruption, C: int, H: int, W: int) -> None:
 
 def observe(settings: Settings) -> Data:
     """The observations of a data set. Clean images are corrupted here, once, and not used elsewhere."""
-    own, name = bool(settings.observations), settings.corruption
-    with named(CORRUPTIONS[name]):
-        corruption = CORRUPTIONS[name](**settings.parameters).to("cpu")
+    own, name, kind = bool(settings.observations), settings.corruption, CORRUPTIONS[settings.corruption]
+    with named(kind):
+        corruption = kind(**settings.parameters).to("cpu")
     ok = settings.crop % corruption.multiple == 0
     require(ok, f"--crop must be a multiple of {corruption.multiple}, as downsampling needs")
     train, test = load_images(settings)
-    with named(type(corruption)):
-        if type(corruption).__module__ != __name__:
+    if kind.__module__ != __name__:
+        with named(kind):
             try_out(corruption, train.shape[1] - own, *train.shape[2:])
     if not own:
         generator = generator_for("cpu", settings.seed, 0, 0)

@@ -48,11 +48,9 @@ TILE, OVERLAP = 512, 64  # pixels of the tiles of a large image: below 1 GB with
 PIXELS = {"cpu": 2**16, "cuda": 2**20}  # of the images that are sampled at once, at first
 SHA256 = re.compile(rb"\x0a\x06sha256\x12\x40([0-9a-f]{64})")  # this entry of the metadata
 METHODS = ("ddpm", "ddim", "sde2m", "dpm2m")
-METADATA = dict.fromkeys(("channels", "steps", "multiple", "grid", "overlap", "factor"), int) | dict(
-    masks=bool, parameters=dict
-)
+METADATA = dict.fromkeys(("channels", "steps", "multiple", "grid", "overlap", "factor"), int)
 METADATA |= dict.fromkeys(("sigma_min", "sigma_max", "masked_noise"), (int, float))
-METADATA |= dict(method=str, corruption=str)
+METADATA |= dict(method=str, corruption=str, masks=bool, parameters=dict)
 
 
 class DiffEMError(OSError):
@@ -231,7 +229,8 @@ def find_images(folder: Path, arrays: bool = False, *ignore: str | Path | None) 
 
     suffixes = [suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN]
     suffixes += [".npy"] * arrays
-    found, seen = [], {os.path.realpath(path) for path in ignore if path}
+    ignored = {os.path.realpath(path) for path in ignore if path}
+    found, seen = [], set(ignored)
     for root, folders, names in os.walk(folder, followlinks=True):
         new = os.path.realpath(root) not in seen
         seen.add(os.path.realpath(root))
@@ -239,7 +238,7 @@ def find_images(folder: Path, arrays: bool = False, *ignore: str | Path | None) 
         folders[:] = sorted(name for name in folders if new and name[0] != "." and name not in ours)
         paths = (Path(root, name) for name in names if new and name[0] != ".")
         files = (path for path in paths if path.suffix.lower() in suffixes and path.is_file())
-        found += [path for path in files if os.path.realpath(path) not in seen]
+        found += [path for path in files if not ignored or os.path.realpath(path) not in ignored]
     return sorted(found)
 
 

@@ -89,9 +89,8 @@ def test_the_energy_score_is_that_of_its_definition(generator):
     state, y, settings = gaussian_state(Noise(4.0), generator)
     state.start = Gaussian([1, 8, 8])
     y = torch.cat([torch.randn(300, 1, 8, 8, generator=generator), torch.ones(300, 1, 8, 8)], 1)
-    state.denoiser.corruption.noise = (
-        1e-3  # where a pixel is hidden, w is 0 in the whole image: draws are of N(0, 1)
-    )
+    # Where a pixel is hidden, w is 0 in the whole image: draws are of N(0, 1)
+    state.denoiser.corruption.noise = 1e-3
     d = 64 / 5  # about that many are hidden: E|X - v| = E|X - X'| = sqrt(2) E|N(0, I_d)|
     expected = (
         2**0.5
