@@ -5,9 +5,9 @@
 
 model.ts.pt  the denoiser, for torch.jit.load: model(xt, sigma, y); model.sample(y, steps, method, generator)
              (torch.export cannot keep a loop over a number of steps that is chosen later, nor a generator)
-model.onnx   one step of every sampler. The file's metadata, as JSON, hold sigma_min, sigma_max, channels,
-             corruption, method, steps and more; sha256, which is not JSON, is that of the file without these
-             64 digits. Values of downsampled images are repeated to the size of x. Float32:
+model.onnx   one step of a sampler, which the coefficients choose. The metadata are JSON: sigma_min,
+             sigma_max, channels, corruption, method, steps and more; sha256, plain text, is that of the file
+             without these 64 digits. Values of downsampled images are repeated to the size of x. Float32:
 
     xt            batch, C, height, width      noisy image; at first sigma_max times normal noise
     sigma         batch                        its noise level
@@ -165,7 +165,7 @@ def largest_errors(denoiser, script: bytes, onnx: bytes) -> list[float]:
     shape = [3] + [n + 3 * i for i, n in enumerate(denoiser.x_shape)]  # not square, and no multiple of 8
     sigma, (x, previous, noise) = torch.tensor([0.01, 1, 50]), torch.randn(3, *shape, generator=generator)
     y = torch.cat([x, torch.ones_like(x[:, :1])], 1)
-    if denoiser.corruption.hides_pixels():
+    if denoiser.corruption.hides_pixels() or denoiser.corruption.masked:
         y = y * (torch.rand(y[:, :1].shape, generator=generator) > 0.5)
     xt = x + sigma.view(-1, 1, 1, 1) * noise
     models = denoiser, torch.jit.load(io.BytesIO(script))
@@ -546,7 +546,7 @@ class Restorer:
 
 
 def tiles(n: int, grid: int = 16, overlap: int = OVERLAP) -> list[tuple[slice, np.ndarray]]:
-    """Parts of a side of n pixels, about TILE long from multiples of `grid` on, with weights of pixels."""
+    """Parts of a side of n pixels, about TILE long, from multiples of `grid` on; weights of their pixels."""
     step = max(1, (TILE - overlap) // grid) * grid
     length, number = step + overlap, max(1, -(-(n - overlap) // step))
     first = [grid * round(i * (n - length) / max(1, number - 1) / grid) for i in range(number)]
@@ -619,7 +619,8 @@ def observations(files: dict, metadata: dict, options: argparse.Namespace, bad: 
             require(whole, f"{path}: no pixels may be missing where the corruption is {corruption}")
             H, W = picture.y.shape[1:]
             ok = metadata["masks"] or min(H, W) * factor >= least
-            require(ok, f"{path} has {H}x{W} pixels: the model takes {least}x{least} or more")
+            side = -(-least // factor)
+            require(ok, f"{path} has {H}x{W} pixels: the model takes {side}x{side} or more")
             picture.y = picture.y.repeat(factor, 1).repeat(factor, 2)  # y has the size of x
             if metadata["masks"] and picture.y[-1].all():
                 picture.doubt = "no pixel is missing: alpha, NaN or --masks?"

@@ -76,7 +76,7 @@ def evaluate(options: argparse.Namespace) -> None:
     diffem.require(number >= 2, "--num-samples takes 2 or more")
     checkpoint, device = diffem.Checkpoint(folder), "cuda" if torch.cuda.is_available() else "cpu"
     settings, model = checkpoint.settings, diffem.load(checkpoint, best=options.best, device=device)
-    data = diffem.observe(settings)
+    data = diffem.make_data(settings)
     y, truth, reference = (
         torch.cat([data.held_out, diffem.as_float(data.y[:number], "cpu")])[:number],
         data.truth,

@@ -20,7 +20,7 @@ import diffem
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--channels 8 8 --blocks 1 --laps 1 --steps 3 --batch 8 --sample-steps 3 --start-laps 2 --start-rank 4 --held-out 12 "
-         "--num-samples 2 --limit 40").split()  # fmt: skip
+         "--num-samples 2 --limit 40 --device cpu").split()  # fmt: skip
 
 
 def start(*arguments, cwd, **kind):

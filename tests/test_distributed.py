@@ -146,8 +146,8 @@ import diffem
 if os.environ["RANK"] == "1":
     def broken(settings):
         raise diffem.DiffEMError("no such disk here")
-    diffem.observe = broken
-os._exit(diffem.main())
+    diffem.make_data = broken
+sys.exit(diffem.main())
 """
     (tmp_path / "one_fails.py").write_text(code)
     for file, flags, reason in (

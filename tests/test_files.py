@@ -270,7 +270,7 @@ def test_the_mask_of_an_image_has_its_name(stem, end, tmp_path):
 
 
 TINY = ("--channels 8 8 --blocks 1 --laps 1 --steps 3 --batch 8 --sample-steps 2 --unconditional-steps 2 --start-laps 1 "
-        "--held-out 4 --num-samples 2 --name own").split()  # fmt: skip
+        "--held-out 4 --num-samples 2 --device cpu --name own").split()  # fmt: skip
 
 
 def folder_of(path: Path, write, end: str, number: int = 12):
@@ -615,10 +615,10 @@ def test_squares_of_small_observations(tmp_path):
     )
     for crop, side in ((48, 24), (32, 16), (8, 8)):  # twice the crop, multiples of 16
         settings = diffem.Settings(**common, crop=crop, parameters=dict(factor=2, noise=0.01))
-        data = diffem.observe(settings)
+        data = diffem.make_data(settings)
         assert data.y.shape[2:] == (2 * side, 2 * side), (crop, data.y.shape)
     with pytest.raises(DiffEMError, match="take a smaller --crop"):
-        diffem.observe(diffem.Settings(**common, crop=50, parameters=dict(factor=2, noise=0.01)))
+        diffem.make_data(diffem.Settings(**common, crop=50, parameters=dict(factor=2, noise=0.01)))
 
 
 # ---- Kinds of JPEG
@@ -734,7 +734,7 @@ def test_squares_of_images_of_mixed_sizes(tmp_path, monkeypatch, capsys):
     assert diffem.main([*flags, "--crop", "50"]) == 2
     assert "has a side of 35 pixels: take a smaller --crop" in capsys.readouterr().err
     settings = diffem.Settings(dataset="observations", observations="in", masks="masks", crop=20, held_out=3)
-    y = diffem.observe(settings).y
+    y = diffem.make_data(settings).y
     assert y.dtype == torch.uint8 and y.shape == (
         len(seen) - 3,
         4,

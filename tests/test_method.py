@@ -431,8 +431,23 @@ NETWORKS = [
 ]
 
 
+def test_features_stay_of_one_size_while_there_is_nothing_to_learn(generator):
+    """Else F becomes small by a few huge features, which hide all others from the norms, and remains so."""
+    gaussian, corruption = Gaussian([3, 16, 16], power=3.0), Blur(1.0, 0.02)
+    x0 = gaussian.sample(1024, generator)  # of which the denoiser's own Gaussian knows all
+    config = Config(channels=(16, 32, 64), blocks=2, steps=100, laps=4, precision="float32")
+    state = diffem.new_state(x0, diffem.new_denoiser(gaussian, corruption, config, "cpu"), config)
+    state.lap, features = 1, []
+    for step in range(config.steps):
+        diffem.m_step(state, config, diffem.generator_for("cpu", 0, 1, step))
+    state.denoiser.network.norm.register_forward_hook(lambda norm, inputs, _: features.append(inputs[0]))
+    state.denoiser.loss(x0[:64], corruption(x0[:64], generator), torch.full((64,), 0.3), generator)
+    size = features[0].square().mean((0, 2, 3)).sqrt()  # of each channel
+    assert size.max() < 8 * size.median()
+
+
 def trained(shape, corruption, config, generator):
-    """A denoiser that has left its start, where the last layer is 0, by a few steps."""
+    """A denoiser that has left its start, where F is 0, by a few steps."""
     x0 = torch.randn(32, *shape, generator=generator)
     y = corruption(x0, generator)
     config.batch, config.steps = 16, 5

@@ -19,7 +19,7 @@ from diffem import Settings
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 FLAGS = ("--channels 8 8 --blocks 1 --laps 1 --steps 3 --batch 8 --sample-steps 3 --start-laps 2 --start-rank 4 --held-out 12 "
-         "--num-samples 2 --name own").split()  # fmt: skip
+         "--num-samples 2 --device cpu --name own").split()  # fmt: skip
 
 
 def settings(folder, **others):
@@ -77,7 +77,7 @@ def test_grey_of_16_bits(tmp_path):
 
 def test_the_m_step_draws_the_masks_that_were_observed(tmp_path, generator):
     write_transparent(tmp_path / "in")
-    data = diffem.observe(settings(tmp_path / "in", parameters=dict(rate=0.5)))
+    data = diffem.make_data(settings(tmp_path / "in", parameters=dict(rate=0.5)))
     y, corruption = diffem.as_float(data.y, "cpu"), data.corruption
     assert data.truth is None and len(y) == 38 and len(data.held_out) == 2
     drawn = corruption(torch.randn(500, 3, 8, 8, generator=generator), generator)[:, -1]
@@ -104,9 +104,9 @@ def test_a_smaller_image_is_an_observation_of_a_larger_one(tmp_path):
     values, _ = pixels(4)
     for i, value in enumerate(values):
         Image.fromarray(value).save(tmp_path / f"{i}.png")
-    y = diffem.observe(settings(tmp_path, corruption="downsample", parameters=dict(factor=2))).y
+    y = diffem.make_data(settings(tmp_path, corruption="downsample", parameters=dict(factor=2))).y
     assert y.shape == (2, 4, 16, 16) and torch.equal(y[..., ::2, ::2], y[..., 1::2, 1::2])
-    assert diffem.observe(settings(tmp_path, corruption="blur")).corruption.masks is None
+    assert diffem.make_data(settings(tmp_path, corruption="blur")).corruption.masks is None
 
 
 def test_few_images_ask_for_few_steps(tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ import diffem
 from diffem import Blur, Gaussian, Jpeg, Mask, Noise, Settings, frechet_distance, mask_patches, scores
 
 SMALL = ("--channels 8 8 --blocks 1 --steps 3 --batch 8 --sample-steps 3 --start-laps 2 --start-rank 4 --held-out 40 --num-samples 2 "
-         "--limit 40 --name one").split()  # fmt: skip
+         "--limit 40 --name one --device cpu").split()  # fmt: skip
 
 
 def test_hidden_squares(generator):
