@@ -137,7 +137,7 @@ def describe(denoiser, settings, half: bool) -> dict:
     from diffem import Blur, Downsample, Mask
 
     corruption, (channels, *size) = denoiser.corruption, denoiser.x_shape
-    multiple = 2 ** (len(settings.channels) - 1)  # of the sides that the U-Net halves without a rest
+    multiple = 2 ** (len(settings.channels) - 1)  # sides that the U-Net halves without a rest; the least side
     # Of the tiles of a large image. A wide blur reaches far over their borders
     grid = math.lcm(16, multiple, corruption.patch, corruption.block or 1)
     width = corruption.width if isinstance(corruption, Blur) else 0
