@@ -157,9 +157,7 @@ class Config:
     first_method: str = setting("ddpm", "sampler of E-steps in the first part of the laps", choices=METHODS)
     first_part: float = setting(0.5, "fraction of the laps with --first-method", 0, 1)
     sample_steps: int = setting(8, "evaluations to restore an image", 1, 1e5)
-    first_sample_steps: int = setting(
-        16, "the same in lap 1; fewer grow to --sample-steps; 0: as many", 0, 1e5
-    )
+    first_sample_steps: int = setting(16, "the same in lap 1; fewer grow to these; 0: equal", 0, 1e5)
     sample_batch: int = setting(512, "images sampled at once; halved where memory is short", 1)
     unconditional_steps: int = setting(32, "evaluations to sample a new image", 1, 1e5)
     smoothness: float = setting(0.0, "first guess of the spectrum's power in the start; 0: low rank", 0, 6)
@@ -274,7 +272,7 @@ class Corruption(nn.Module):
             require(low <= value <= high, message)
             setattr(self, name, value)
         self.register_buffer("masks", None, persistent=False)  # (K, 1, H, W), observed: in place of `mask`
-        self.register_buffer("masked", torch.tensor(False))  # were there such masks in training? Is saved
+        self.register_buffer("masked", torch.tensor(False))  # were there such masks in training?
         self.register_buffer("w", torch.zeros(1, 1, 1))  # (C, n, n), by `learn`
         self.register_buffer("slope", torch.zeros(1, 1, 1))  # (C, n, n): h / T y
 
@@ -312,7 +310,7 @@ class Corruption(nn.Module):
         return self.masks is not None or type(self).mask is not Corruption.mask
 
     def observed(self, y: Tensor) -> Tensor:
-        """m, (B, 1, H, W). If T is of the whole image (B, 1, 1, 1): 1 only if no pixel is missing."""
+        """m, (B, 1, H, W). If T is of the whole image, (B, 1, 1, 1): 1 only if no pixel is missing."""
         m = y[:, -1:]
         return m.amin((2, 3), keepdim=True) if self.block == 0 else m
 
