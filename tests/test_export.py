@@ -40,7 +40,7 @@ sys.exit(export.main(["restore", *sys.argv[1:]]))
 
 
 def make_run(folder, shape, corruption="mask", parameters=None, **config):
-    """A run folder whose model has left its start, where the last layer is 0."""
+    """A run folder whose model has left its start, where F is 0."""
     small = dict(
         channels=(8, 16), blocks=1, batch=4, steps=1, method="ddpm", sample_steps=5, dataset="folder"
     )

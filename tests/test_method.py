@@ -453,6 +453,7 @@ def trained(shape, corruption, config, generator):
     config.batch, config.steps = 16, 5
     gaussian = Gaussian(shape, power=1.0).fit(x0, generator)
     state = new_state(x0, new_denoiser(gaussian, corruption, config, "cpu"), config)
+    torch.nn.init.ones_(state.denoiser.network.gain.bias)  # or F would be nearly 0
     for step in range(config.steps):
         m_step(state, config, diffem.generator_for("cpu", 0, 1, step))
     return state, x0, y
