@@ -349,7 +349,9 @@ def test_restoring_to_a_full_disk_leaves_whole_files_only(tmp_path, monkeypatch)
 def test_signals_before_there_is_anything_to_save(program, number, code, run, tmp_path):
     """While an observation is read, a checkpoint exported, a picture restored: one line, and no files."""
     copy(run, tmp_path / "one")
-    places = dict(diffem=("diffem", "make_data"), export=("export", "onnx_step"), restore=("export", "targets"))
+    places = dict(
+        diffem=("diffem", "make_data"), export=("export", "onnx_step"), restore=("export", "targets")
+    )
     place = places[program]
     arguments = {"diffem": TINY, "export": ["one"], "restore": ["restore", "one", "one"]}[program]
     reader, writer = os.pipe()
