@@ -942,7 +942,7 @@ def new_state(x0: Tensor, denoiser: nn.Module, config: Config) -> State:
     """The state before lap 1, of reconstructions x0 (N, ...)."""
     device = next(denoiser.parameters()).device
     masks = denoiser.corruption.masks
-    average = copy.deepcopy(denoiser.train(), {id(masks): masks}).eval()  # they are large
+    average = copy.deepcopy(denoiser.train(), {id(masks): masks}).eval()  # both use these: they are large
     long = config.laps * config.steps >= 20_000  # in shorter runs the compiler takes longer than it saves
     if config.compile == "on" or config.compile == "auto" and device.type == "cuda" and long:
         try:
@@ -1063,9 +1063,8 @@ def optimise(state: State, loss: Tensor, config: Config) -> None:
     state.losses[state.step] = loss.detach()
     if ranks()[1] > 1:
         parts = [state.losses[state.step], *(p.grad for p in state.denoiser.parameters())]
-        mean = (
-            torch.cat([part.as_strided([part.numel()], [1]) for part in parts]) / ranks()[1]
-        )  # in memory's order
+        # In the order of memory: flatten() would copy channels_last gradients
+        mean = torch.cat([part.as_strided([part.numel()], [1]) for part in parts]) / ranks()[1]
         dist.all_reduce(mean)
         means = zip(mean.split([part.numel() for part in parts]), parts)
         torch._foreach_copy_(parts, [v.as_strided(part.shape, part.stride()) for v, part in means])

@@ -165,7 +165,8 @@ def largest_errors(denoiser, script: bytes, onnx: bytes) -> list[float]:
     shape = [3] + [n + 3 * i for i, n in enumerate(denoiser.x_shape)]  # not square, and no multiple of 8
     sigma, (x, previous, noise) = torch.tensor([0.01, 1, 50]), torch.randn(3, *shape, generator=generator)
     y = torch.cat([x, torch.ones_like(x[:, :1])], 1)
-    if denoiser.corruption.hides_pixels() or denoiser.corruption.masked:
+    restorer = Restorer(onnx, "cpu")
+    if restorer.metadata["masks"]:
         y = y * (torch.rand(y[:, :1].shape, generator=generator) > 0.5)
     xt = x + sigma.view(-1, 1, 1, 1) * noise
     models = denoiser, torch.jit.load(io.BytesIO(script))
@@ -174,7 +175,7 @@ def largest_errors(denoiser, script: bytes, onnx: bytes) -> list[float]:
         drawn, redrawn = (model.sample(y, 3, "ddpm", generator.manual_seed(0)) for model in models)
     a, b, c, d = coefficients = torch.tensor([0.1, 1, -0.2, 0.3])
     inputs = dict(xt=xt, sigma=sigma, y=y, coefficients=coefficients, x0_previous=previous, noise=noise)
-    (xs,) = Restorer(onnx, "cpu").session.run(["xs"], {name: v.numpy() for name, v in inputs.items()})
+    (xs,) = restorer.session.run(["xs"], {name: v.numpy() for name, v in inputs.items()})
     xs = torch.tensor(xs) - (a * xt + b * x0 + c * previous + d * noise)
     largest = x0.abs().max().clamp_min(1)
     return [float(difference.abs().max() / largest) for difference in (redrawn - drawn, xs)]
@@ -618,8 +619,8 @@ def observations(files: dict, metadata: dict, options: argparse.Namespace, bad: 
             whole = metadata["masks"] or picture.y[-1].all()
             require(whole, f"{path}: no pixels may be missing where the corruption is {corruption}")
             H, W = picture.y.shape[1:]
-            ok = metadata["masks"] or min(H, W) * factor >= least
             side = -(-least // factor)
+            ok = metadata["masks"] or min(H, W) >= side
             require(ok, f"{path} has {H}x{W} pixels: the model takes {side}x{side} or more")
             picture.y = picture.y.repeat(factor, 1).repeat(factor, 2)  # y has the size of x
             if metadata["masks"] and picture.y[-1].all():
