@@ -464,9 +464,11 @@ def test_every_parameter_has_a_finite_gradient(shape, corruption, config, genera
     state, _, _ = trained(shape, corruption, config, generator)
     for name, parameter in state.denoiser.named_parameters():
         assert parameter.grad.isfinite().all(), name
-        assert (parameter.grad.reshape(len(parameter), -1).abs().sum(1) > 0).all(), (
-            name
-        )  # every row of it is in use
+        rows = parameter.grad.reshape(len(parameter), -1).abs().sum(1)
+        if name.endswith("qkv.bias"):  # a softmax does not see the bias of the keys: its gradient is rounding
+            q, _, v = rows.chunk(3)
+            rows = torch.cat([q, v])
+        assert (rows > 0).all(), name  # every row of it is in use
 
 
 @pytest.mark.parametrize("shape, corruption, config", NETWORKS)
