@@ -1379,27 +1379,27 @@ def image_files(settings: Settings) -> list[Path]:
     own, folder = bool(settings.observations), Path(settings.observations or settings.data_dir)
     require(folder.is_dir(), f"no folder {folder} ({'--observations' if own else '--data-dir'})")
     files = export.find_images(folder, own, settings.masks)
-    require(len(files) > 0, f"no images in {folder}")
+    require(len(files) > 0, f"no images in {folder}, outside hidden folders, runs, restored and the masks")
+    ok = not settings.masks or Path(settings.masks).is_dir()
+    require(ok, f"no folder {settings.masks} (--masks)")
     return files
 
 
 def squares(files: list[Path], settings: Settings) -> tuple[int, int, int]:
     """For --crop, which takes images of any size: the side of the squares to cut, twice --crop if all images
-    allow it; the number to cut from each image, and from all."""
+    that are large enough allow it; the number to cut from each image, and from all."""
     observed = settings.observations and issubclass(CORRUPTIONS[settings.corruption], Downsample)
     crop = settings.crop // (settings.parameters.get("factor", 1) if observed else 1)  # of small files
-    sizes = {}
+    sizes = []
     for path in files:
         with suppress(Exception):  # which reading the file will report
-            sizes[path] = (settings.image_size,) * 2 if settings.image_size else export.image_size(path)
-    require(len(sizes) > 0, "none of the images can be read")
-    smallest = min(sizes, key=lambda path: min(sizes[path]))
-    side = min(2 * crop, *sizes[smallest])
-    require(side >= crop, f"{smallest} has a side of {side} pixels: take a smaller --crop")
+            sizes.append((settings.image_size,) * 2 if settings.image_size else export.image_size(path))
+    sizes = [size for size in sizes if min(size) >= crop]
+    side = min([2 * crop] + [min(size) for size in sizes])
     if side > 16:  # the blocks of JPEG stay in place
         side = max(side - side % 16, crop)
     each = math.ceil(settings.number_to_read() / len(files)) if settings.limit else 10**9
-    return side, each, sum(min(each, (H // side) * (W // side)) for H, W in sizes.values())
+    return side, each, sum(min(each, (H // side) * (W // side)) for H, W in sizes)
 
 
 def read_picture(path: Path, settings: Settings):
@@ -1428,6 +1428,8 @@ def read_images(files: list[Path], settings: Settings) -> Tensor:
     for path in tqdm(files, desc="reading images", leave=False, disable=None):
         try:
             picture = read_picture(path, settings)
+            least = min(picture.y.shape[1:])
+            require(least >= side, f"{path} has a side of {least} pixels: take a smaller --crop")
         except OSError as error:
             require(settings.skip_bad_images, f"{error}; --skip-bad-images leaves such images out")
             continue
@@ -1669,7 +1671,10 @@ def train(settings: Settings, data: Data, folder: Path, checkpoint: Checkpoint |
     """EM with a report and a checkpoint of each lap, and others in between. Returns the exit code."""
     rank, device, state, due = ranks()[0], data.held_out.device, None, time.monotonic() + 180
     if checkpoint:
-        require(data.digest == checkpoint.data, f"{folder} was made from other data")
+        require(
+            data.digest == checkpoint.data,
+            f"{folder} was made from other data: start a new run, without --resume",
+        )
         checkpoint.settings = settings
         state = restore_state(checkpoint, data.corruption, device, data.y.device)
         require(settings.laps >= state.lap, f"{folder} has reached lap {state.lap} already: raise --laps")
@@ -1768,6 +1773,8 @@ def process_group():
 def run(argv: list[str]) -> int:
     with process_group() if dist.is_torchelastic_launched() else nullcontext():
         given = vars(make_parser({}, {}).parse_known_args(argv)[0])  # the flags that need no corruption
+        for name, value in given.items():
+            require(value != "", f"--{name.replace('_', '-')} is given, but empty")
         checkpoint = Checkpoint(given["resume"]) if given.get("resume") else None
         settings = parse(argv, given, asdict(checkpoint.settings) if checkpoint else {})
         if (settings.dataset, "published") in PRESETS and settings.preset == "small":

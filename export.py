@@ -48,6 +48,7 @@ TILE, OVERLAP = 512, 64  # pixels of the tiles of a large image: below 1 GB with
 PIXELS = {"cpu": 2**16, "cuda": 2**20}  # of the images that are sampled at once, at first
 SHA256 = re.compile(rb"\x0a\x06sha256\x12\x40([0-9a-f]{64})")  # this entry of the metadata
 METHODS = ("ddpm", "ddim", "sde2m", "dpm2m")
+FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "WEBP", "GIF", "BMP", "PPM", "TGA")  # whose depth is checked
 METADATA = dict.fromkeys(("channels", "steps", "multiple", "grid", "overlap", "factor"), int)
 METADATA |= dict.fromkeys(("sigma_min", "sigma_max", "masked_noise"), (int, float))
 METADATA |= dict(method=str, corruption=str, masks=bool, parameters=dict)
@@ -79,7 +80,7 @@ def explained(message: str):
 @contextlib.contextmanager
 def replacing(path: Path):
     """A new file, put in the place of another when it is complete. A failure leaves the old one as it was."""
-    new = path.with_name(path.name + ".new")
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
         with explained(f"cannot write {path} (the old file, if any, is unchanged)"):
             with open(new, "wb") as file:
@@ -225,14 +226,16 @@ class Picture:
 
 def find_images(folder: Path, arrays: bool = False, *ignore: str | Path | None) -> list[Path]:
     """The image files, and the .npy files if wanted, at any depth of a folder. Hidden files, hidden folders,
-    folders `runs` and `restored`, and those to ignore are left out; a linked folder is followed once."""
-    from PIL import Image
+    folders `runs` and `restored`, and those to ignore are left out; a linked folder is followed once. Raises
+    OSError for a folder that cannot be read."""
 
-    suffixes = [suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN]
-    suffixes += [".npy"] * arrays
+    def fail(error: OSError):
+        raise error
+
+    suffixes = image_suffixes() + [".npy"] * arrays
     ignored = {os.path.realpath(path) for path in ignore if path}
     found, seen = [], set(ignored)
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         new = os.path.realpath(root) not in seen
         seen.add(os.path.realpath(root))
         ours = "runs", "restored"
@@ -241,6 +244,12 @@ def find_images(folder: Path, arrays: bool = False, *ignore: str | Path | None) 
         files = (path for path in paths if path.suffix.lower() in suffixes and path.is_file())
         found += [path for path in files if not ignored or os.path.realpath(path) not in ignored]
     return sorted(found)
+
+
+def image_suffixes() -> list[str]:
+    from PIL import Image
+
+    return [suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN]
 
 
 def find_mask(path: Path, folder: str | Path, masks: str | Path) -> Path:
@@ -254,10 +263,11 @@ def find_mask(path: Path, folder: str | Path, masks: str | Path) -> Path:
 
 @functools.lru_cache(16)
 def names_in(folder: Path, changed: int) -> dict[str, list[Path]]:
-    """The files of a folder by their names without ending."""
-    found = {}
+    """The image files of a folder by their names without ending."""
+    found, suffixes = {}, image_suffixes()
     for file in folder.glob("[!.]*"):
-        found.setdefault(file.stem, []).append(file)
+        if file.suffix.lower() in suffixes and file.is_file():
+            found.setdefault(file.stem, []).append(file)
     return found
 
 
@@ -268,6 +278,7 @@ def read_image(path: Path, channels: int, mask=None, alpha=True, resize=None, ra
     with explained(f"{path} cannot be read as an image"):
         require(path.is_file(), "it is not a regular file")
         picture = read_pixels(path, channels, alpha, resize)
+        require(picture.y.size > 0, "it has no pixels")
         if picture.levels == 1:
             values, m = picture.y, np.isfinite(picture.y).all(2, keepdims=True)
             ok = ((values >= 0) & (values <= 1) | ~m).all()
@@ -289,8 +300,9 @@ def image_size(path: Path) -> tuple[int, int]:
     from PIL import Image
 
     if path.suffix.lower() == ".npy":
-        return np.load(path, mmap_mode="r").shape[:2]
-    with Image.open(path) as image:
+        H, W = np.load(path, mmap_mode="r").shape[:2]
+        return H, W
+    with Image.open(path, formats=FORMATS) as image:
         return image.size
 
 
@@ -299,11 +311,18 @@ def open_image(path: Path):
     from PIL import Image, ImageOps
 
     require(path.is_file(), "it is not a regular file")
-    with Image.open(path) as file:
+    with (
+        open(path, "rb") as content,
+        Image.open(content) as file,
+    ):  # of a name, Pillow turns some TIFF wrongly
+        require(file.format in FORMATS, f"{file.format} is not supported: save it as PNG")
         frames = getattr(file, "n_frames", 1) if file.format != "MPO" else 1  # phones add a preview to photos
         require(frames == 1, f"it has {frames} pages or frames: save one of them")
-        deep = ";16" in str(file.tile) and not file.mode.startswith("I")
-        require(not deep, "colours of 16 bits are not supported: save 8 bits, or .npy from 0 to 1")
+        codec, how = (file.tile[0][0], file.tile[0][-1]) if file.tile else ("", "")
+        deep = ";16" in str(how) or codec.startswith("ppm") and how[-1] > 255
+        deep |= file.format == "TIFF" and max(file.tag_v2.get(258, (1,))) > 8
+        ok = not deep or file.mode[0] in "IF" and ";12" not in str(how)
+        require(ok, "colours of 16 bits, and 12 bits, are not supported: save 8 bits, or .npy from 0 to 1")
         ok = file.mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "F")
         ok = ok or file.mode.startswith("I;16") or file.mode == "I" and file.format == "PNG"
         require(ok, f"mode {file.mode} is not supported: save it as grey or RGB of 8 bits")
@@ -318,14 +337,16 @@ def open_image(path: Path):
 def read_pixels(path: Path, channels: int, alpha: bool, resize) -> Picture:
     """See `read_image`. Here y is (H, W, C + 1), or in floating point the numbers of the file, (H, W, C)."""
     if path.suffix.lower() == ".npy":
-        values = np.atleast_3d(np.load(path, allow_pickle=False)).astype(np.float32)
-        require(values.ndim == 3 and values.shape[2] == channels, f"it is an array {values.shape}")
+        values = np.load(path, allow_pickle=False)
+        ok = values.dtype.kind in "fiub" and (*values.shape, 1)[2:3] == (channels,) and values.ndim < 4
+        require(ok, f"it is a {values.dtype} array {values.shape}, not numbers (H, W, {channels})")
+        values = np.atleast_3d(values).astype(np.float32)
         return Picture(values, 1, channels == 1, ".npy")
     image = open_image(path)
     info, grey = image.info, image.mode[0] in "1LIF"
-    # Not the profile of colours that are written as other ones, nor the 0 / 0 of some TIFF
+    # Not the profile of colours that are written as other ones, nor the 0 / 0 or 1 dpi of some TIFF
     kept = dict(icc_profile=image.mode != "CMYK" and (grey or channels > 1), exif=True)
-    kept["dpi"] = all(0 < n < 1e6 for n in info.get("dpi", ()))
+    kept["dpi"] = all(1 < n < 1e6 for n in info.get("dpi", ()))
     extra = {name: info[name] for name, keep in kept.items() if keep and info.get(name)}
     like = dict(grey=channels == 1 or grey, extra=extra)
     if image.mode[0] not in "FI":
@@ -365,7 +386,8 @@ def read_mask(path: Path, invert: bool = False) -> np.ndarray:
         grey, values = np.ptp(values, 2).max() < 32, values.mean(2)
         top = 255 if image.mode == "RGB" and values.max() > 1 else values.max()
         middle = ((values > top / 4) & (values < top * 3 / 4)).mean()
-        require(grey and middle < 0.05, "a mask must be black where a pixel is missing and white elsewhere")
+        clear = middle < 0.05 and (top == 0 or values.max() > top * 3 / 4)
+        require(grey and clear, "a mask must be black where a pixel is missing and white elsewhere")
     return (values > top / 2) != invert
 
 
@@ -373,21 +395,27 @@ def jpeg_tables(files: list[Path]) -> dict:
     """The quantisation tables and the subsampling of the JPEG files among these, which must have the same."""
     from PIL import Image, JpegImagePlugin
 
-    found = {}
+    found, others = {}, 0
     for path in files:
         with contextlib.suppress(Exception), Image.open(path) as file:  # which reading the file will report
+            others += file.format not in ("JPEG", "MPO")
             if file.format in ("JPEG", "MPO"):
                 used = list(dict.fromkeys(layer[3] for layer in file.layer))
                 tables = tuple(q for i in used for q in file.quantization[i])
                 colours, sampling = len(file.layer), JpegImagePlugin.get_sampling(file)
                 ok = len(used) < 3 and (colours == 1 or colours == 3 and sampling >= 0)
+                ok = ok and (colours == 1 or file.info.get("adobe_transform") != 0)  # else RGB
                 ok = ok and file.getexif().get(0x0112, 1) == 1  # else its blocks are turned with the image
                 found.setdefault((tables, max(0, sampling), ok), str(path))
     names, how = ", ".join(found.values()), "give --quality and --subsampling"
     require(len(found) > 0, f"none of the observations is a JPEG file: {how}, or --tables")
     require(len(found) == 1, f"JPEG of different kinds, {names}: {how}, or sort them")
     tables, subsampling, ok = next(iter(found))
-    require(ok, f"{names} is turned by EXIF, or its colours are CMYK or subsampled unusually: save it anew")
+    require(
+        ok, f"{names} is turned by EXIF, or its colours are no YCbCr or subsampled unusually: save it anew"
+    )
+    if others and len(files) > 1:
+        print(f"{others} of {len(files)} files are no JPEG, and taken as if they had been")
     return dict(tables=tables, subsampling=subsampling)
 
 
@@ -490,7 +518,7 @@ class Restorer:
         """As `__call__`, with a seed for each row. Observed pixels are kept if the noise is below `exact`."""
         meta, y = self.metadata, np.asarray(y, np.float32)
         C, least = meta["channels"], meta["multiple"]
-        ok = y.ndim == 4 and y.shape[1] == C + 1 and len(y) > 0
+        ok = y.ndim == 4 and y.shape[1] == C + 1 and y.size > 0
         require(ok, f"observations must be (N, {C + 1}, H, W), not {y.shape}")
         (H, W), m = y.shape[2:], y[:, -1:]
         ok = np.abs(y).max() < 30  # False for NaN, too
@@ -588,15 +616,17 @@ def targets(inputs: list[str], out: Path, masks: str | None) -> dict[Path, tuple
     found = {}
     for given in map(Path, inputs):
         require(given.exists(), f"no file or folder {given}")
-        require(given.resolve() != out.resolve(), f"{given} is the input: choose another folder for --out")
-        files, folder = [given], given.parent
+        files, folder = [given], given if given.is_dir() else given.parent
+        same = folder.resolve() == out.resolve()
+        require(not same, f"{folder} is the folder of the input: choose another one for --out")
         if given.is_dir():
-            files, folder = find_images(given, True, out, masks), given
+            files = find_images(given, True, out, masks)
         require(len(files) > 0, f"no images in {given}")
         for file in files:
             target = out / file.relative_to(folder).parent / file.stem
-            require(target not in found, f"two inputs, {file} and another, would be restored to {target}")
-            found[target] = (file, folder)
+            other = found.setdefault(target, (file, folder))[0]
+            way_out = "rename one, or restore it to another --out"
+            require(other.samefile(file), f"{other} and {file} would both be restored to {target}: {way_out}")
     names = {target.resolve() for target in found}
     for file, _ in found.values():
         name = file.resolve().with_suffix("")
@@ -625,6 +655,8 @@ def observations(files: dict, metadata: dict, options: argparse.Namespace, bad: 
             picture.y = picture.y.repeat(factor, 1).repeat(factor, 2)  # y has the size of x
             if metadata["masks"] and picture.y[-1].all():
                 picture.doubt = "no pixel is missing: alpha, NaN or --masks?"
+            if not picture.y[-1].any():
+                picture.doubt = "every pixel is missing"
             if metadata["parameters"].get("tables") and not same_jpeg(path, metadata["parameters"]):
                 picture.doubt = "the model was trained on JPEG files of another quality"
             yield target, picture

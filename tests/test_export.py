@@ -600,7 +600,10 @@ def test_bad_pictures(run, pictures, monkeypatch, capsys):
     Path("empty").mkdir()
     Path("file").write_text("")
     Image.open("in/b.png").save("in/b.webp", lossless=True)
-    Image.open("in/b.png").save("in/a_mean.png")
+    for folder in ("in/deep", "more/deep"):
+        Path(folder).mkdir(parents=True)
+    Image.open("in/b.png").save("in/deep/a_mean.png")
+    Image.open("in/b.png").save("more/deep/a.png")
     for arguments, message in [
         ("opaque.png --masks mask.png", "its mask has 15x16 pixels, not 16x16"),
         ("opaque.png --masks opaque.png", "black where a pixel is missing"),
@@ -608,8 +611,9 @@ def test_bad_pictures(run, pictures, monkeypatch, capsys):
         ("broken.png", "broken.png cannot be read as an image"),
         ("absent.png", "no file or folder absent.png"),
         ("empty", "no images in empty"),
-        ("in", "two inputs"),
-        ("in/a.png in/a_mean.png -o in", "a result would replace in/a_mean.png"),
+        ("in", "in/b.png and in/b.webp would both be restored to restored/b: rename one"),
+        ("in/a.png -o in", "in is the folder of the input"),
+        ("more in/deep/a_mean.png -o in", "a result would replace in/deep/a_mean.png"),
         ("in/a.png -o file", "file"),
         ("in/a.png -o file/out", "file"),
         ("in/a.png --steps -1", "steps"),

@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -53,11 +54,38 @@ def pillow(array, mode=None, **options):
     return write
 
 
-def turned(orientation, transpose, **options):
+def turned(orientation, transpose, mode=None, array=None, **options):
     def write(path):
         exif = Image.Exif()
         exif[0x0112] = orientation
-        Image.fromarray(P).transpose(transpose).save(path, exif=exif, **options)
+        image = Image.fromarray(P if array is None else array).transpose(transpose)
+        (image.convert(mode) if mode else image).save(path, exif=exif, **options)
+
+    return write
+
+
+def tiff(array: np.ndarray, bits: int, planar: int = 1):
+    """A function that writes a plain TIFF of kinds that Pillow does not write: the array holds its bytes."""
+    samples, (height, width) = (3, array.shape[-2:]) if planar == 2 else (1, array.shape[:2])
+
+    def write(path):
+        size = array.nbytes // samples
+        tags = {256: [width], 257: [height], 258: [bits] * samples, 259: [1], 262: [2 if samples == 3 else 1]}
+        tags |= {
+            273: [8 + i * size for i in range(samples)],
+            277: [samples],
+            278: [height],
+            279: [size] * samples,
+        }
+        tags |= {284: [planar]}
+        entries, rest, place = b"", b"", 8 + array.nbytes + 2 + 12 * len(tags) + 4
+        for tag, numbers in tags.items():
+            data = struct.pack(f"<{len(numbers)}I", *numbers)
+            where = data if len(data) == 4 else struct.pack("<I", place + len(rest))
+            rest += data if len(data) > 4 else b""
+            entries += struct.pack("<HHI", tag, 4, len(numbers)) + where
+        head = b"II*\0" + struct.pack("<I", 8 + array.nbytes) + array.tobytes()
+        path.write_bytes(head + struct.pack("<H", len(tags)) + entries + b"\0" * 4 + rest)
 
     return write
 
@@ -142,12 +170,23 @@ GOOD = [
         )
         for o, t in ((6, T.ROTATE_90), (3, T.ROTATE_180), (8, T.ROTATE_270), (2, T.FLIP_LEFT_RIGHT))
     ),
+    # Raw ones, which Pillow would map into memory
+    ("turned L.tif", turned(6, T.ROTATE_90, array=G), 3, GREY3, None),
+    ("turned RGBA.tif", turned(8, T.ROTATE_270, array=np.dstack([P, A])), 3, P, K),
+    ("turned CMYK.tif", turned(6, T.ROTATE_90, "CMYK"), 3, CMYK, None),
+    ("turned 16.tif", turned(8, T.ROTATE_270, array=SIXTEEN), 1, G[..., None], None),
 ]
 # name, how it is written, channels, what the message must say
 BAD = [
     ("rgb 16.png", lambda p: png16(p, P.astype(np.uint16) * 256 + 128, 2), 3, "16 bits"),
     ("rgba 16.png", lambda p: png16(p, np.dstack([P, A]).astype(np.uint16) * 257, 6), 3, "16 bits"),
     ("grey alpha 16.png", lambda p: png16(p, np.dstack([G, A]).astype(np.uint16) * 257, 4), 1, "16 bits"),
+    ("planar 16.tif", tiff(np.moveaxis(P, 2, 0).astype("<u2") * 256 + 5, 16, planar=2), 3, "16 bits"),
+    ("grey 12.tif", tiff(np.resize(G, (6, 12)).view("<u1")[:, :8].copy(), 12), 1, "12 bits"),
+    ("rgb 16.ppm", lambda p: p.write_bytes(b"P6 8 6 65535\n" + P.astype(">u2").tobytes()), 3, "16 bits"),
+    ("rgb 12.ppm", lambda p: p.write_bytes(b"P3 1 1 4095 4095 7 9\n"), 3, "16 bits"),
+    ("rgb.sgi", pillow(P), 3, "SGI is not supported"),
+    ("rgb.jp2", pillow(P), 3, "JPEG2000 is not supported"),
     ("grey 4 trns.png", lambda p: png16(p, np.where(K, G // 17, 15), 0, 15, 4), 1, "2 or 4 bits with transp"),
     ("pages.tif", pages, 3, "3 pages"),
     ("film.gif", pages, 3, "3 pages or frames"),
@@ -162,6 +201,10 @@ BAD = [
     ("counts.npy", array(P * 1000.0), 3, "from 0 to 1"),
     ("four channels.npy", array(np.dstack([P, A]) / 255), 3, "array"),
     ("channels first.npy", array(P.transpose(2, 0, 1) / 255), 3, "array"),
+    ("complex.npy", array(F + 1j), 1, "complex"),
+    ("one number.npy", array(np.array(0.5)), 1, "array ()"),
+    ("a row.npy", array(F[0]), 1, "array (8,)"),
+    ("nothing.npy", array(F[:0]), 1, "no pixels"),
     ("batch.npy", array(P[None] / 255), 3, "array"),
     ("grey.npy", array(F), 3, "array"),
     ("objects.npy", array(np.array([{}, {}])), 3, "objects.npy"),
@@ -213,6 +256,8 @@ MASKS = [
     ("alpha.png", pillow(np.dstack([np.zeros_like(P), A])), "transparent"),
     ("red.png", pillow(RED), "black where a pixel is missing"),
     ("photo.png", pillow(G), "black where a pixel is missing"),
+    ("dark.png", pillow((60 * K).astype(np.uint8)), "black where a pixel is missing"),
+    ("labels.png", pillow((2 * K).astype(np.uint8)), "black where a pixel is missing"),
     ("broken.png", lambda p: p.write_bytes(b"x"), "broken.png"),
 ]
 
@@ -245,6 +290,25 @@ def test_which_files_of_a_folder_are_images(tmp_path):
     names = [str(path.relative_to(tmp_path)) for path in find_images(tmp_path, False, tmp_path / "out")]
     assert names == ["a.png", "deep/er/b.JPG"]
     assert len(find_images(tmp_path, True, tmp_path / "out")) == 3
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads all folders")
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path):
+    (tmp_path / "in/locked").mkdir(parents=True)
+    (tmp_path / "in/locked").chmod(0)
+    with pytest.raises(OSError, match="locked"):
+        find_images(tmp_path / "in")
+
+
+def test_only_images_are_masks(tmp_path):
+    for name in ("img/2021/0.png", "img/2021.png", "masks/2021/0.png", "masks/2021.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        pillow(A)(tmp_path / name)
+    (tmp_path / "masks/2021.json").write_text("{}")
+    assert (
+        find_mask(tmp_path / "img/2021.png", tmp_path / "img", tmp_path / "masks")
+        == tmp_path / "masks/2021.png"
+    )
 
 
 @pytest.mark.parametrize("stem", ["plain", "scan.2024.01", "photo[1]", "my photo (1)", "été 猫", "a.b"])
@@ -361,6 +425,9 @@ def test_restoring_a_folder_again_finds_the_same_images(models, tmp_path, monkey
         assert "12 restored" in capsys.readouterr().out
     (tmp_path / "in/bad.png").write_bytes(b"junk")
     (tmp_path / "in/deep.png").write_bytes(b"junk")
+    pillow(np.dstack([P, 0 * A]))(tmp_path / "nothing.png")
+    assert export.main([*restore, "nothing.png", "-o", "none"]) == 0
+    assert capsys.readouterr().err == "1 of 1 images: every pixel is missing\n"
     command = [*restore, "in", "-o", "out"]
     assert export.main(command) == 2
     captured = capsys.readouterr()
@@ -374,7 +441,9 @@ def test_restoring_a_folder_again_finds_the_same_images(models, tmp_path, monkey
     [
         (lambda i: pillow(np.dstack([P, 0 * A])), [], "every pixel is missing"),
         (lambda i: pillow(P), [], "no pixel is missing"),
-        (lambda i: pillow(np.dstack([P, A]), ), ["--masks", "absent"], "0 masks"),
+        (lambda i: pillow(np.dstack([P, A]), ), ["--masks", "absent"], "no folder absent"),
+        (lambda i: pillow(np.dstack([P, A])), ["--masks", ""], "--masks is given, but empty"),
+        (lambda i: pillow(np.dstack([P, A])), ["--masks", "in"], "no images in in, outside"),
         (lambda i: pages, [], "3 pages"),
     ],
 )  # fmt: skip
@@ -646,7 +715,8 @@ def other_order(path):
         ("a.jpg", other_order, ""),
         ("a.jpg", pillow(P, format="PNG"), "none of the observations is a JPEG file"),
         ("a.jpg", turned(6, T.ROTATE_90), "turned by EXIF"),
-        ("a.jpg", jpeg(mode="CMYK"), "CMYK"),
+        ("a.jpg", pillow(P, keep_rgb=True), "no YCbCr"),
+        ("a.jpg", jpeg(mode="CMYK"), "no YCbCr"),
         ("a.jpg", lambda path: path.write_bytes(b"x"), "none of the observations"),
     ],
 )
@@ -710,6 +780,24 @@ def test_squares_of_nothing(tmp_path, monkeypatch, capsys):
     (tmp_path / "in/a.png").write_bytes(b"no image")
     assert diffem.main(["--observations", "in", "--crop", "8", "--skip-bad-images", *TINY]) == 2
     assert "none of the images can be read" in capsys.readouterr().err
+
+
+def test_squares_where_some_images_are_too_small(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder_of(tmp_path / "in", lambda i: pillow(np.kron(np.dstack([P, 255 * holes(i)]), np.ones((2, 2, 1))).astype(np.uint8)), "png")  # fmt: skip
+    pillow(np.dstack([P, A])[:4])(tmp_path / "in/icon.png")
+    np.save(tmp_path / "in/number.npy", 0.5)
+    (tmp_path / "in/labels.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + b"0" * 64)
+    flags = ["--observations", "in", "--crop", "8", *TINY]
+    assert diffem.main(flags) == 2
+    assert re.search(r"icon.png has a side of 4|labels.h5|number.npy", error := capsys.readouterr().err), (
+        error
+    )
+    assert diffem.main([*flags, "--skip-bad-images"]) == 0
+    assert (
+        "12 images read" in (out := capsys.readouterr().out) and "3 left out, 12 squares of 16x12" not in out
+    )
+    assert "3 left out" in out
 
 
 def test_squares_of_images_of_mixed_sizes(tmp_path, monkeypatch, capsys):

@@ -201,7 +201,7 @@ def make_opaque(folder):
         (spoil, "--observations in", "in/07.webp"),
         (make_opaque, "--observations in", "no pixel is missing"),
         (None, "--observations nowhere", "no folder nowhere .--observations."),
-        (None, "--observations in --masks nowhere", "0 masks nowhere/"),
+        (None, "--observations in --masks nowhere", "no folder nowhere .--masks."),
         (None, "--observations in --image-size 4", "--image-size is for --dataset folder"),
         (None, "--dataset observations", "--observations FOLDER"),
         (None, "--dataset digits --observations in", "--observations FOLDER"),
