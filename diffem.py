@@ -1671,10 +1671,8 @@ def train(settings: Settings, data: Data, folder: Path, checkpoint: Checkpoint |
     """EM with a report and a checkpoint of each lap, and others in between. Returns the exit code."""
     rank, device, state, due = ranks()[0], data.held_out.device, None, time.monotonic() + 180
     if checkpoint:
-        require(
-            data.digest == checkpoint.data,
-            f"{folder} was made from other data: start a new run, without --resume",
-        )
+        same = data.digest == checkpoint.data
+        require(same, f"{folder} was made from other data: give the same, or leave out --resume")
         checkpoint.settings = settings
         state = restore_state(checkpoint, data.corruption, device, data.y.device)
         require(settings.laps >= state.lap, f"{folder} has reached lap {state.lap} already: raise --laps")

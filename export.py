@@ -300,7 +300,7 @@ def image_size(path: Path) -> tuple[int, int]:
     from PIL import Image
 
     if path.suffix.lower() == ".npy":
-        H, W = np.load(path, mmap_mode="r").shape[:2]
+        H, W = np.load(path, mmap_mode="r").shape[:2]  # an error if it has fewer
         return H, W
     with Image.open(path, formats=FORMATS) as image:
         return image.size
@@ -311,10 +311,8 @@ def open_image(path: Path):
     from PIL import Image, ImageOps
 
     require(path.is_file(), "it is not a regular file")
-    with (
-        open(path, "rb") as content,
-        Image.open(content) as file,
-    ):  # of a name, Pillow turns some TIFF wrongly
+    # Given a name, Pillow would map a raw TIFF into memory, and turn it wrongly
+    with open(path, "rb") as content, Image.open(content) as file:
         require(file.format in FORMATS, f"{file.format} is not supported: save it as PNG")
         frames = getattr(file, "n_frames", 1) if file.format != "MPO" else 1  # phones add a preview to photos
         require(frames == 1, f"it has {frames} pages or frames: save one of them")
@@ -411,9 +409,7 @@ def jpeg_tables(files: list[Path]) -> dict:
     require(len(found) > 0, f"none of the observations is a JPEG file: {how}, or --tables")
     require(len(found) == 1, f"JPEG of different kinds, {names}: {how}, or sort them")
     tables, subsampling, ok = next(iter(found))
-    require(
-        ok, f"{names} is turned by EXIF, or its colours are no YCbCr or subsampled unusually: save it anew"
-    )
+    require(ok, f"{names}: turned by EXIF, or colours are no YCbCr or subsampled unusually: save it anew")
     if others and len(files) > 1:
         print(f"{others} of {len(files)} files are no JPEG, and taken as if they had been")
     return dict(tables=tables, subsampling=subsampling)
