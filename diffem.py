@@ -265,19 +265,21 @@ class Corruption(nn.Module):
     def __init__(self, **parameters):
         super().__init__()
         for name, value in parameters.items():
-            low, high = self.limits.get(name, (value, value))
-            message = f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}"
-            if name == "noise" and value > 4:
-                message += f": {value:g} of 255 grey levels are {value * 4 / 255:.2g} here"
-            require(low <= value <= high, message)
             setattr(self, name, value)
+            if name in self.limits:
+                low, high = self.limits[name]
+                message = f"--{name.replace('_', '-')} must be from {low} to {high}, not {value}"
+                if name == "noise" and value > 4:
+                    message += f": {value:g} of 255 grey levels are {value * 4 / 255:.2g} here"
+                require(low <= value <= high, message)
         self.register_buffer("masks", None, persistent=False)  # (K, 1, H, W), observed: in place of `mask`
         self.register_buffer("masked", torch.tensor(False))  # were there such masks in training?
         self.register_buffer("w", torch.zeros(1, 1, 1))  # (C, n, n), by `learn`
         self.register_buffer("slope", torch.zeros(1, 1, 1))  # (C, n, n): h / T y
 
     def A(self, x: Tensor) -> Tensor:
-        """The measurement without noise and mask: (B, C, H, W) in [-2, 2] -> (B, C, H, W)."""
+        """The measurement without noise and mask: (B, C, H, W) -> (B, C, H, W). Some values of x are outside
+        [-2, 2], since x may be a sample: clamp it if A needs that."""
         return x
 
     def mask(self, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -290,8 +292,8 @@ class Corruption(nn.Module):
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """y ~ Q(. | x): (B, C, H, W) -> (B, C + 1, H, W)."""
-        if len(x) > 1024:  # a data set: in parts, to save memory
-            return torch.cat([self(part, generator) for part in x.split(1024)])
+        if len(x) > at_most(1024, x[0]):  # a data set: in parts, to save memory
+            return torch.cat([self(part, generator) for part in x.split(at_most(1024, x[0]))])
         x = values(x)
         if self.masks is None:
             return self.observe(x, self.mask(x, generator), generator)
@@ -333,12 +335,14 @@ class Corruption(nn.Module):
         x = x[..., : H // n * n, : W // n * n].clamp(-2, 2)
         y = self.observe(x, torch.ones_like(x[:, :1]), generator)
         t, u = transform(x, self.block), transform(y[:, :-1], self.block)
-        # The best linear estimate of t from u is  E[t u] / E[u^2] u,  and its error
-        #     E[t^2] - E[t u]^2 / E[u^2] = 1 / (1 / E[t^2] + w)
+        # The best linear estimate of t from u is r u,  r = E[t u] / E[u^2].  Its error is
+        #     E[t^2] - 2 r E[t u] + r^2 E[u^2] = 1 / (1 / E[t^2] + w)
         moments = [v.view(N, C, H // n, n, W // n, n).mean((0, 2, 4)) for v in (t * t, t * u, u * u)]
         tt, tu, uu = moments[0].clamp_min(1e-9), moments[1], moments[2].clamp_min(1e-9)
-        precision = 1 / (tt - tu**2 / uu).clamp_min(1e-6)
-        self.w, self.slope = (precision - 1 / tt).clamp_min(0), precision * tu / uu
+        most = (tt.sum() / uu.sum()).sqrt().clamp_min(1)  # if larger, u is almost always 0
+        r = (tu / uu).clamp(-most, most)
+        precision = 1 / (tt - 2 * r * tu + r**2 * uu).clamp_min(1e-6)
+        self.w, self.slope = (precision - 1 / tt).clamp_min(0), precision * r
 
 
 class Linear(Corruption):
@@ -396,7 +400,7 @@ class Block(Mask):
 class Noise(Linear):
     """White noise: y = x + s eps."""
 
-    block, limits = 0, dict(noise=(0, 4))
+    limits = dict(noise=(0, 4))
 
     def __init__(self, noise: float = 0.5):
         super().__init__(noise=noise)
@@ -602,23 +606,27 @@ class Gaussian(nn.Module):
         T has blocks of `block`. wh: w and h, (B, C, H, W); y, their source, gives a first guess. Solves
             (Sigma^-1 + w) t = Sigma^-1 mean + h
         by conjugate gradients: one step is exact where T is the basis of S, 4 are close. The variances are
-        1 / (a + w). The fraction of neighbours observed interpolates a between two precisions under N(0, S):
-        of a coefficient given no other, and given all. Exact where T is the basis of S or w is constant.
+        1 / (a + w), exact where T is the basis of S or w is constant: a is the precision of a coefficient,
+        under N(0, S), if of all others as much is known as of the one of the smallest w; or if they are known
+        exactly; in between, by the fraction of neighbours observed.
         """
         (w, h), (H, W) = wh, y.shape[-2:]
         S, mean = self.spectrum(H, W), mean.expand(h.shape)
         rows, columns = [dct(0, n, h.device) @ dct(block, n, h.device).T for n in (H, W)]
-        # 1 / diag T S T^T and diag T S^-1 T^T
-        alone, given_all = 1 / (rows.T**2 @ S @ columns**2), rows.T**2 @ (1 / S) @ columns**2
         least = w.amin((1, 2, 3), keepdim=True)  # what is known of every coefficient: 1 / sigma^2, by xt
-        a, t = alone.expand_as(h), transform(mean, block)
+        # 1 / diag T S T^T, diag T S^-1 T^T, and  1 / diag T (S^-1 + least)^-1 T^T - least  without cancellation
+        alone, given_all = 1 / (rows.T**2 @ S @ columns**2), rows.T**2 @ (1 / S) @ columns**2
+        rest = 1 / (1 + least * S)
+        given_least = (rows.T**2 @ rest @ columns**2) / (rows.T**2 @ (rest * S) @ columns**2)
+        near, t = torch.zeros_like(least), transform(mean, block)
         b = self.precision(t, S, rows, columns) + h
         if block > 0:
             guess = interpolate(y, mean)
             # The fraction of x that y tells, and the same near each pixel
             known = ((w - least) / (w - least + alone)).mean((1, 2, 3), keepdim=True).clamp_max(0.999)
             near = guess[:, -1:] * known / y[:, -1:].mean((1, 2, 3), keepdim=True).clamp_min(1e-3)
-            a = alone + near.clamp(0, 1) * (given_all - alone)
+            near = near.clamp(0, 1)
+            a = alone + near * (given_all - alone)
             # A Wiener filter of what is known of all coefficients, `least`, about the guess, of precision r
             z, r = h / w.clamp_min(1e-9), a.mean((2, 3), keepdim=True) * known / (1 - known)
             t = torch.where(known > 1e-6, transform(guess[:, :-1], block), t)
@@ -633,7 +641,7 @@ class Gaussian(nn.Module):
             Ap = self.precision(p, S, rows, columns) + w * p
             step = rq / (p * Ap).sum((1, 2, 3), keepdim=True).clamp_min(1e-30)
             t, residual = t + step * p, residual - step * Ap
-        return t, 1 / (a + w)
+        return t, 1 / (given_least + near * (given_all - given_least) + w)
 
 
 def interpolate(y: Tensor, mean: Tensor) -> Tensor:
@@ -1003,7 +1011,8 @@ def as_float(y: Tensor, device: torch.device) -> Tensor:
 
 def check_observations(y: Tensor) -> None:
     """Raises DiffEMError if y (N, C + 1, H, W) is not what the docstring of this file says."""
-    require(y.ndim == 4, f"observations must be (N, C + 1, H, W), the mask last, not {list(y.shape)}")
+    ok = y.ndim == 4 and y.shape[1] > 1
+    require(ok, f"observations must be (N, C + 1, H, W), the mask last, not {list(y.shape)}")
     value, m = y[:, :-1], y[:, -1:]
     ok = value.numel() > 0 and y.shape[2] * y.shape[3] > 1
     require(ok, "observations need images, of more than one pixel")
@@ -1247,7 +1256,9 @@ def parse(argv: list[str], given: dict, saved: dict) -> Settings:
     key = chosen["dataset"], chosen.setdefault("preset", "published" if paper else "small")
     name = chosen.setdefault("corruption", "mask")
     require(key in PRESETS, f"there is no data set {key[0]!r} with preset {key[1]!r}: --help lists them")
-    require(name in CORRUPTIONS, f"unknown corruption {name!r}: {', '.join(CORRUPTIONS)}")
+    require(
+        name in CORRUPTIONS, f"unknown corruption {name!r}: {', '.join(CORRUPTIONS)}, or run its own file"
+    )
     chosen = preset(*key, CORRUPTIONS[name], chosen)
     parameters = parameters_of(CORRUPTIONS[name])
     parameters |= {k: v for k, v in chosen.get("parameters", {}).items() if k in parameters}
@@ -1290,7 +1301,7 @@ def named(kind: type[Corruption]):
 def try_out(corruption: Corruption, C: int, H: int, W: int) -> None:
     """Raises DiffEMError if it does not give observations of two images."""
     generator = generator_for("cpu", 0)
-    y = corruption(4 * torch.rand(2, C, H, W, generator=generator) - 2, generator)
+    y = corruption(6 * torch.rand(2, C, H, W, generator=generator) - 3, generator)  # as samples may be
     given = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
     expected = f"a tensor {(2, C + 1, H, W)}, the mask last"
     require(given == (2, C + 1, H, W), f"it gives {given} in place of {expected}")
@@ -1302,8 +1313,8 @@ def make_data(settings: Settings) -> Data:
     own, name, kind = bool(settings.observations), settings.corruption, CORRUPTIONS[settings.corruption]
     with named(kind):
         corruption = kind(**settings.parameters).to("cpu")
-    ok = settings.crop % corruption.multiple == 0
-    require(ok, f"--crop must be a multiple of {corruption.multiple}, as downsampling needs")
+    grid = 16 if own and isinstance(corruption, Jpeg) else corruption.multiple  # of the blocks in the files
+    require(settings.crop % grid == 0, f"--crop must be a multiple of {grid}, as {name} needs")
     train, test = load_images(settings)
     if kind.__module__ != __name__:
         with named(kind):
@@ -1316,9 +1327,7 @@ def make_data(settings: Settings) -> Data:
     missing = bool((train[:, -1:] == 0).any())
     ok = missing or not isinstance(corruption, Mask)
     require(ok, f"no pixel is missing in {settings.observations}: give alpha, NaN or --masks")
-    if missing and corruption.block == 0:
-        better = f": give --corruption mask --noise {corruption.noise}" if name == "noise" else ""
-        print(f"the start by {name} cannot use images of which a pixel is missing{better}")
+    require(corruption.block or not missing, f"{name} needs images of which no pixel is missing")
     corruption.masks = train[:, -1:].bool() if missing else None
     corruption.masked.fill_(missing)
     return Data(corruption, train, as_float(test, test.device), None)
@@ -1422,8 +1431,9 @@ def read_images(files: list[Path], settings: Settings) -> Tensor:
     own, pictures, done, images = bool(settings.observations), [], 0, None
     side, each, number = squares(files, settings) if settings.crop else (0, 1, len(files))
     generator = generator_for("cpu", settings.seed, 0, 5)
-    known = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names  # not on Windows
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else math.inf
+    memory = math.inf
+    with suppress(AttributeError, ValueError):  # on Windows
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     advice = "take fewer (--limit), squares of them (--crop) or, if clean, smaller ones (--image-size)"
     for path in tqdm(files, desc="reading images", leave=False, disable=None):
         try:
