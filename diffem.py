@@ -614,10 +614,11 @@ class Gaussian(nn.Module):
         S, mean = self.spectrum(H, W), mean.expand(h.shape)
         rows, columns = [dct(0, n, h.device) @ dct(block, n, h.device).T for n in (H, W)]
         least = w.amin((1, 2, 3), keepdim=True)  # what is known of every coefficient: 1 / sigma^2, by xt
-        # 1 / diag T S T^T, diag T S^-1 T^T, and  1 / diag T (S^-1 + least)^-1 T^T - least  without cancellation
+        # 1 / diag T S T^T  and  diag T S^-1 T^T
         alone, given_all = 1 / (rows.T**2 @ S @ columns**2), rows.T**2 @ (1 / S) @ columns**2
-        rest = 1 / (1 + least * S)
-        given_least = (rows.T**2 @ rest @ columns**2) / (rows.T**2 @ (rest * S) @ columns**2)
+        # 1 / diag T (S^-1 + least)^-1 T^T - least = diag T u T^T / diag T S u T^T,  u = 1 / (1 + least S)
+        u = 1 / (1 + least * S)
+        given_least = (rows.T**2 @ u @ columns**2) / (rows.T**2 @ (S * u) @ columns**2)
         near, t = torch.zeros_like(least), transform(mean, block)
         b = self.precision(t, S, rows, columns) + h
         if block > 0:

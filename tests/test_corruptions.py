@@ -128,8 +128,8 @@ def test_what_y_says_is_diagonal_in_the_corruptions_basis(corruption, channels, 
     )
 
 
-@pytest.mark.parametrize("corruption", [Noise(), Blur()], ids=["noise", "blur"])
-def test_nothing_is_said_of_a_partly_hidden_image_where_the_basis_is_the_whole_image(corruption, generator):
+def test_nothing_is_said_of_a_partly_hidden_image_where_the_basis_is_the_whole_image(generator):
+    corruption = Blur()
     y = corruption(torch.randn(2, 1, 8, 8, generator=generator), generator)
     y[0, :, 3] = 0
     w, h = corruption.information(y)
