@@ -4,7 +4,7 @@ After Hosseintabar et al., "DiffEM: Learning from Corrupted Data with Diffusion 
 Maximization", arXiv 2510.12691. Clean images x0 ~ p* are never seen, only y ~ Q(y | x0), Q a known
 corruption. A conditional diffusion model q(x0 | y) is trained and sampled in turn:
 
-    X(0)_i ~ p0(x0 | y_i)                     p0: a smooth Gaussian, fitted to the observations by EM
+    X(0)_i ~ p0(x0 | y_i)                     p0: a Gaussian, fitted to the observations by EM
     for lap = 1 .. laps:
         M-step   theta <- argmin E_{x0 in X(lap-1)} E_{y ~ Q(.|x0)} E_{sigma, eps}
                               lambda(sigma) || D_theta(x0 + sigma eps, sigma, y) - x0 ||^2         (Eq. 10)
@@ -148,7 +148,7 @@ class Config:
     precision: str = setting("auto", "number format of the U-Net", choices=("auto", "float32", "bfloat16"))
     compile: str = setting("auto", "compile the U-Net; auto: in long GPU runs", choices=("auto", "on", "off"))
     ema: float = setting(0.99, "decay of the weights' moving average, used in the E-step", 0, 0.999999)
-    p_unconditional: float = setting(0.1, "probability that training replaces y by 0, or hides a part", 0, 1)
+    p_unconditional: float = setting(0.1, "probability that training replaces y by 0; as often, a part", 0, 1)
     flip: bool = setting(False, "mirror training images at random")
     jitter: bool = setting(False, "change hue and saturation of training images slightly")
     crop: int = setting(0, "train on random squares of so many pixels, of images of any size; 0: whole")
@@ -157,7 +157,7 @@ class Config:
     first_method: str = setting("ddpm", "sampler of E-steps in the first part of the laps", choices=METHODS)
     first_part: float = setting(0.5, "fraction of the laps with --first-method", 0, 1)
     sample_steps: int = setting(8, "evaluations to restore an image", 1, 1e5)
-    first_sample_steps: int = setting(16, "the same in lap 1; fewer grow to these; 0: equal", 0, 1e5)
+    first_sample_steps: int = setting(16, "the same in lap 1; they grow if fewer; 0: equal", 0, 1e5)
     sample_batch: int = setting(512, "images sampled at once; halved where memory is short", 1)
     unconditional_steps: int = setting(32, "evaluations to sample a new image", 1, 1e5)
     smoothness: float = setting(0.0, "first guess of the spectrum's power in the start; 0: low rank", 0, 6)
@@ -273,7 +273,7 @@ class Corruption(nn.Module):
                     message += f": {value:g} of 255 grey levels are {value * 4 / 255:.2g} here"
                 require(low <= value <= high, message)
         self.register_buffer("masks", None, persistent=False)  # (K, 1, H, W), observed: in place of `mask`
-        self.register_buffer("masked", torch.tensor(False))  # were there such masks in training?
+        self.register_buffer("masked", torch.tensor(False))  # trained on observations with missing pixels?
         self.register_buffer("w", torch.zeros(1, 1, 1))  # (C, n, n), by `learn`
         self.register_buffer("slope", torch.zeros(1, 1, 1))  # (C, n, n): h / T y
 
@@ -581,8 +581,8 @@ class Gaussian(nn.Module):
         return self.mean + inverse(z.view_as(eps) + S.sqrt() * eps, 0)
 
     def draw(self, y: Tensor, corruption: Corruption, generator: torch.Generator) -> Tensor:
-        """x ~ p(x | y) for each of y (N, C + 1, H, W), exact where w is: the posterior mean, with a sample in
-        place of the mean and h + w^(1/2) eps in place of h (Papandreou & Yuille 2010)."""
+        """x ~ p(x | y) for each of y (N, C + 1, H, W), exact if w and h are: the posterior mean, with a
+        sample in place of the mean and h + w^(1/2) eps in place of h (Papandreou & Yuille 2010)."""
         parts, steps = [], max(64, 2 * max(y.shape[2:]))  # more where large areas may be missing
         for part in y.split(at_most(512, y[0])):
             part = as_float(part, generator.device)
@@ -747,8 +747,8 @@ class UNet(nn.Module):
     """F for images of any size. Level i has channels[i] channels at 2^-i of the resolution, rounded up.
 
     All gates are 0 at first, and so is F, by a gain for each noise level and channel. Else, as long as there
-    is little to learn, a few features would grow a hundred times as large as all others, which makes F small,
-    and then hides from the norms all that the others know.
+    is little to learn, a few features grow a hundredfold; the norms then shrink all others, and what they
+    know is lost.
     """
 
     def __init__(self, inputs: int, outputs: int, config: Config):
@@ -1112,7 +1112,7 @@ def augment(x0: Tensor, config: Config, generator: torch.Generator, multiple: in
         size = [min(n, multiple * max(1, round(n * factor / multiple))) for n in x0.shape[2:]]
         x0 = F.interpolate(x0, size=size, mode="bicubic", antialias=True)
     if config.crop:
-        # The corruption's blocks then lie elsewhere on each image: what they lose here is learnt there. The
+        # The corruption's blocks then lie elsewhere on each image: what one place loses, another shows. The
         # border of a square is treated as an image's: the U-Net pads it by 0, the corruption mirrors it
         crop = min(config.crop, *x0.shape[2:])
         x0 = cut(x0, (crop, crop), 1, generator)
