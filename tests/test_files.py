@@ -492,7 +492,7 @@ X, M, Y = tensors()
         (torch.cat([torch.where(M > 0, X, torch.nan), M], 1), "not finite"),
         (torch.cat([X, M], 1), "must be 0 where its last channel is"),
         (Y.double(), "float32"),
-        (Y[:, -1:], "observations need images"),
+        (Y[:, -1:], "the mask last"),
         (Y[:, 0], r"must be \(N, C \+ 1, H, W\)"),
         (torch.cat([Y[:, :-1], 255 * M], 1), "last channel"),
     ],
