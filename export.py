@@ -694,7 +694,7 @@ def restore(options: argparse.Namespace) -> None:
     if bad and options.skip_bad_images and done:
         print(f"left out: {left_out}", file=sys.stderr)
     elif bad:
-        raise DiffEMError(f"{left_out}; --skip-bad-images leaves them out")
+        raise DiffEMError(left_out + "; --skip-bad-images leaves them out" * (not options.skip_bad_images))
 
 
 # ---- Command line -----------------------------------------------------------------------------------------
