@@ -148,7 +148,7 @@ class Config:
     precision: str = setting("auto", "number format of the U-Net", choices=("auto", "float32", "bfloat16"))
     compile: str = setting("auto", "compile the U-Net; auto: in long GPU runs", choices=("auto", "on", "off"))
     ema: float = setting(0.99, "decay of the weights' moving average, used in the E-step", 0, 0.999999)
-    p_unconditional: float = setting(0.1, "probability that training replaces y by 0; as often, a part", 0, 1)
+    p_unconditional: float = setting(0.1, "probability that training replaces y by 0; as often, a part of it", 0, 1)
     flip: bool = setting(False, "mirror training images at random")
     jitter: bool = setting(False, "change hue and saturation of training images slightly")
     crop: int = setting(0, "train on random squares of so many pixels, of images of any size; 0: whole")
@@ -606,9 +606,9 @@ class Gaussian(nn.Module):
         T has blocks of `block`. wh: w and h, (B, C, H, W); y, their source, gives a first guess. Solves
             (Sigma^-1 + w) t = Sigma^-1 mean + h
         by conjugate gradients: one step is exact where T is the basis of S, 4 are close. The variances are
-        1 / (a + w), exact where T is the basis of S or w is constant: a is the precision of a coefficient,
-        under N(0, S), if of all others as much is known as of the one of the smallest w; or if they are known
-        exactly; in between, by the fraction of neighbours observed.
+        1 / (a + w). a is the precision that the other coefficients give to one, under N(0, S): between that
+        of others of which only the smallest w is known, and that of others known exactly, by the fraction of
+        neighbours observed. Exact where T is the basis of S or w is constant.
         """
         (w, h), (H, W) = wh, y.shape[-2:]
         S, mean = self.spectrum(H, W), mean.expand(h.shape)
@@ -625,8 +625,8 @@ class Gaussian(nn.Module):
             guess = interpolate(y, mean)
             # The fraction of x that y tells, and the same near each pixel
             known = ((w - least) / (w - least + alone)).mean((1, 2, 3), keepdim=True).clamp_max(0.999)
-            near = guess[:, -1:] * known / y[:, -1:].mean((1, 2, 3), keepdim=True).clamp_min(1e-3)
-            near = near.clamp(0, 1)
+            observed = y[:, -1:].mean((1, 2, 3), keepdim=True).clamp_min(1e-3)
+            near = (guess[:, -1:] * known / observed).clamp(0, 1)
             a = alone + near * (given_all - alone)
             # A Wiener filter of what is known of all coefficients, `least`, about the guess, of precision r
             z, r = h / w.clamp_min(1e-9), a.mean((2, 3), keepdim=True) * known / (1 - known)
@@ -1257,9 +1257,8 @@ def parse(argv: list[str], given: dict, saved: dict) -> Settings:
     key = chosen["dataset"], chosen.setdefault("preset", "published" if paper else "small")
     name = chosen.setdefault("corruption", "mask")
     require(key in PRESETS, f"there is no data set {key[0]!r} with preset {key[1]!r}: --help lists them")
-    require(
-        name in CORRUPTIONS, f"unknown corruption {name!r}: {', '.join(CORRUPTIONS)}, or run its own file"
-    )
+    names = ", ".join(CORRUPTIONS)
+    require(name in CORRUPTIONS, f"unknown corruption {name!r}: {names}, or run the file that defines it")
     chosen = preset(*key, CORRUPTIONS[name], chosen)
     parameters = parameters_of(CORRUPTIONS[name])
     parameters |= {k: v for k, v in chosen.get("parameters", {}).items() if k in parameters}
