@@ -148,7 +148,7 @@ class Config:
     precision: str = setting("auto", "number format of the U-Net", choices=("auto", "float32", "bfloat16"))
     compile: str = setting("auto", "compile the U-Net; auto: in long GPU runs", choices=("auto", "on", "off"))
     ema: float = setting(0.99, "decay of the weights' moving average, used in the E-step", 0, 0.999999)
-    p_unconditional: float = setting(0.1, "probability that training replaces y by 0; as often, a part of it", 0, 1)
+    p_unconditional: float = setting(0.1, "probability of y = 0 in training; as often, a part is 0", 0, 1)
     flip: bool = setting(False, "mirror training images at random")
     jitter: bool = setting(False, "change hue and saturation of training images slightly")
     crop: int = setting(0, "train on random squares of so many pixels, of images of any size; 0: whole")
