@@ -261,11 +261,13 @@ def main() -> None:
     parser.add_argument(
         "--evaluations", type=int, default=64, help="of the last model's own draws (default: 64)"
     )
+    parser.add_argument("--method", default="ddpm", help="sampler of the second half; sde2m for much noise")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     corruption = Projection(options.rows, options.noise)
     x0, y = observed_curve(options.data, corruption, options.seed)
-    own = dict(laps=options.laps, seed=options.seed) | (dict(first_sample_steps=0) if options.guided else {})
+    own = dict(laps=options.laps, seed=options.seed, method=options.method)
+    own |= dict(first_sample_steps=0) if options.guided else {}
     run(y, x0, corruption, Config(**CONFIG | own), options)
 
 

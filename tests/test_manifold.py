@@ -108,7 +108,7 @@ def test_the_command_names_its_flags():
 def test_the_command_runs_em_mmps(tmp_path):
     """As a program its classes are those of __main__, which baselines.py does not know."""
     (tmp_path / "ot.py").write_text("dist = lambda x, x0: x\nemd2 = lambda a, b, cost, numItermax: 1.0\n")
-    flags = "--guided --laps 1 --seconds 1 --evaluations 1".split()
+    flags = "--guided --laps 1 --seconds 1 --evaluations 1 --method sde2m".split()
     command = [sys.executable, ROOT / "tests/manifold.py", *flags]
     environment = os.environ | dict(PYTHONPATH=str(tmp_path))
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
