@@ -292,8 +292,9 @@ class Corruption(nn.Module):
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """y ~ Q(. | x): (B, C, H, W) -> (B, C + 1, H, W)."""
-        if len(x) > at_most(1024, x[0]):  # a data set: in parts, to save memory
-            return torch.cat([self(part, generator) for part in x.split(at_most(1024, x[0]))])
+        most = at_most(1024, x[0]) if len(x) else 0
+        if len(x) > most:  # a data set: in parts, to save memory
+            return torch.cat([self(part, generator) for part in x.split(most)])
         x = values(x)
         if self.masks is None:
             return self.observe(x, self.mask(x, generator), generator)
@@ -614,15 +615,15 @@ class Gaussian(nn.Module):
         S, mean = self.spectrum(H, W), mean.expand(h.shape)
         rows, columns = [dct(0, n, h.device) @ dct(block, n, h.device).T for n in (H, W)]
         least = w.amin((1, 2, 3), keepdim=True)  # what is known of every coefficient: 1 / sigma^2, by xt
-        # 1 / diag T S T^T  and  diag T S^-1 T^T
-        alone, given_all = 1 / (rows.T**2 @ S @ columns**2), rows.T**2 @ (1 / S) @ columns**2
+        rows2, columns2 = rows.T**2, columns**2  # diag T X T^T = rows2 X columns2, X diagonal as S is
+        given_all = rows2 @ (1 / S) @ columns2  # diag T S^-1 T^T
         # 1 / diag T (S^-1 + least)^-1 T^T - least = diag T u T^T / diag T S u T^T,  u = 1 / (1 + least S)
         u = 1 / (1 + least * S)
-        given_least = (rows.T**2 @ u @ columns**2) / (rows.T**2 @ (S * u) @ columns**2)
+        given_least = (rows2 @ u @ columns2) / (rows2 @ (S * u) @ columns2)
         near, t = torch.zeros_like(least), transform(mean, block)
         b = self.precision(t, S, rows, columns) + h
         if block > 0:
-            guess = interpolate(y, mean)
+            guess, alone = interpolate(y, mean), 1 / (rows2 @ S @ columns2)  # 1 / diag T S T^T
             # The fraction of x that y tells, and the same near each pixel
             known = ((w - least) / (w - least + alone)).mean((1, 2, 3), keepdim=True).clamp_max(0.999)
             observed = y[:, -1:].mean((1, 2, 3), keepdim=True).clamp_min(1e-3)

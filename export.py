@@ -384,8 +384,8 @@ def read_mask(path: Path, invert: bool = False) -> np.ndarray:
         grey, values = np.ptp(values, 2).max() < 32, values.mean(2)
         top = 255 if image.mode == "RGB" and values.max() > 1 else values.max()
         middle = ((values > top / 4) & (values < top * 3 / 4)).mean()
-        clear = middle < 0.05 and (top == 0 or values.max() > top * 3 / 4)
-        require(grey and clear, "a mask must be black where a pixel is missing and white elsewhere")
+        clear = grey and middle < 0.05 and values.max() >= top * 3 / 4
+        require(clear, "a mask must be black where a pixel is missing and white elsewhere")
     return (values > top / 2) != invert
 
 
@@ -396,21 +396,22 @@ def jpeg_tables(files: list[Path]) -> dict:
     found, others = {}, 0
     for path in files:
         with contextlib.suppress(Exception), Image.open(path) as file:  # which reading the file will report
-            others += file.format not in ("JPEG", "MPO")
-            if file.format in ("JPEG", "MPO"):
-                used = list(dict.fromkeys(layer[3] for layer in file.layer))
-                tables = tuple(q for i in used for q in file.quantization[i])
-                colours, sampling = len(file.layer), JpegImagePlugin.get_sampling(file)
-                ok = len(used) < 3 and (colours == 1 or colours == 3 and sampling >= 0)
-                ok = ok and (colours == 1 or file.info.get("adobe_transform") != 0)  # else RGB
-                ok = ok and file.getexif().get(0x0112, 1) == 1  # else its blocks are turned with the image
-                found.setdefault((tables, max(0, sampling), ok), str(path))
+            if file.format not in ("JPEG", "MPO"):
+                others += 1
+                continue
+            used = list(dict.fromkeys(layer[3] for layer in file.layer))
+            tables = tuple(q for i in used for q in file.quantization[i])
+            colours, sampling = len(file.layer), JpegImagePlugin.get_sampling(file)
+            ok = len(used) < 3 and (colours == 1 or colours == 3 and sampling >= 0)
+            ok = ok and (colours == 1 or file.info.get("adobe_transform") != 0)  # else RGB
+            ok = ok and file.getexif().get(0x0112, 1) == 1  # else its blocks are turned with the image
+            found.setdefault((tables, max(0, sampling), ok), str(path))
     names, how = ", ".join(found.values()), "give --quality and --subsampling"
     require(len(found) > 0, f"none of the observations is a JPEG file: {how}, or --tables")
     require(len(found) == 1, f"JPEG of different kinds, {names}: {how}, or sort them")
     tables, subsampling, ok = next(iter(found))
     require(ok, f"{names}: turned by EXIF, or colours are no YCbCr or subsampled unusually: save it anew")
-    if others and len(files) > 1:
+    if others:
         print(f"{others} of {len(files)} files are no JPEG, and taken as if they had been")
     return dict(tables=tables, subsampling=subsampling)
 
@@ -612,17 +613,17 @@ def targets(inputs: list[str], out: Path, masks: str | None) -> dict[Path, tuple
     found = {}
     for given in map(Path, inputs):
         require(given.exists(), f"no file or folder {given}")
-        files, folder = [given], given if given.is_dir() else given.parent
+        folder = given if given.is_dir() else given.parent
         same = folder.resolve() == out.resolve()
         require(not same, f"{folder} is the folder of the input: choose another one for --out")
-        if given.is_dir():
-            files = find_images(given, True, out, masks)
+        files = find_images(given, True, out, masks) if given.is_dir() else [given]
         require(len(files) > 0, f"no images in {given}")
         for file in files:
             target = out / file.relative_to(folder).parent / file.stem
             other = found.setdefault(target, (file, folder))[0]
+            same = other == file or other.samefile(file)
             way_out = "rename one, or restore it to another --out"
-            require(other.samefile(file), f"{other} and {file} would both be restored to {target}: {way_out}")
+            require(same, f"{other} and {file} would both be restored to {target}: {way_out}")
     names = {target.resolve() for target in found}
     for file, _ in found.values():
         name = file.resolve().with_suffix("")

@@ -261,7 +261,7 @@ def main() -> None:
     parser.add_argument(
         "--evaluations", type=int, default=64, help="of the last model's own draws (default: 64)"
     )
-    parser.add_argument("--method", default="ddpm", help="sampler of the second half; sde2m for much noise")
+    parser.add_argument("--method", default=CONFIG["method"], help="of the second half; sde2m for much noise")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     corruption = Projection(options.rows, options.noise)
