@@ -202,7 +202,8 @@ class Config:
 # y = m (A x + s eps), m a mask. Each corruption has an orthonormal basis T, in which what y says about x is
 # (nearly) diagonal: a precision w >= 0, and h, w times an estimate, for each coefficient t of T x,
 #     log p(y | x) = sum (h t - w t^2 / 2) + const.
-# T x = D_H (O x) D_W^T: O turns colours, D is the DCT of blocks of n pixels: 1 (none), 8 (JPEG) or the image.
+# T x = D_H (O x) D_W^T: D is the DCT of blocks of n pixels, 1 (none), 8 (JPEG) or the image, and O that of the
+# channels. Of red, green and blue it gives grey, red - blue and red - 2 green + blue: opponent colours.
 
 
 def fractions(size: int, device: torch.device) -> Tensor:
@@ -222,18 +223,9 @@ def dct(block: int, size: int, device: torch.device) -> Tensor:
     return D * ((i - k)[:, None] == i - k)
 
 
-def opponent(channels: int, device: torch.device) -> Tensor:
-    """O, orthonormal: grey, red - blue, red - 2 green + blue. The identity unless there are 3 channels."""
-    if channels != 3:
-        return torch.eye(channels, device=device)
-    u = 1 - torch.arange(3.0, device=device)  # not copied from the host: a GPU would wait
-    rows = torch.stack([torch.ones_like(u), u, 3 * u * u - 2])
-    return rows / rows.square().sum(1, keepdim=True).sqrt()
-
-
 def transform(x: Tensor, block: int) -> Tensor:
     """T x = D_H (O x) D_W^T, (B, C, H, W) -> (B, C, H, W)."""
-    t = (opponent(x.shape[1], x.device) @ x.flatten(2)).view(x.shape)
+    t = (dct(0, x.shape[1], x.device) @ x.flatten(2)).view(x.shape)
     return t if block == 1 else dct(block, x.shape[-2], x.device) @ t @ dct(block, x.shape[-1], x.device).T
 
 
@@ -241,7 +233,7 @@ def inverse(t: Tensor, block: int) -> Tensor:
     """x = T^T t."""
     if block != 1:
         t = dct(block, t.shape[-2], t.device).T @ t @ dct(block, t.shape[-1], t.device)
-    return (opponent(t.shape[1], t.device).T @ t.flatten(2)).view(t.shape)
+    return (dct(0, t.shape[1], t.device).T @ t.flatten(2)).view(t.shape)
 
 
 class Corruption(nn.Module):
@@ -505,13 +497,13 @@ class Jpeg(Corruption):
         """x (B, C, H, W) in grey levels about 0, its blocks' DCT rounded to multiples of q (C, 8, 8)."""
         H, W = x.shape[-2:]
         x = F.pad(x, [0, -W % 8, 0, -H % 8], mode="replicate").double()
-        q = q.repeat(1, x.shape[-2] // 8, x.shape[-1] // 8)
-        rows, columns = (torch.kron(torch.eye(n // 8, device=x.device), self.D) for n in x.shape[-2:])
+        x = x.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).transpose(3, 4)  # (B, C, H / 8, W / 8, 8, 8)
+        D, q = self.D, q[:, None, None]
         # libjpeg's whole numbers: rows in quarters, coefficients in eighths, of which halves go away from 0
-        t = (rows @ (4 * x @ columns.T + 0.5).floor() / 4 + 0.5).floor()
+        t = (D @ (4 * x @ D.T + 0.5).floor() / 4 + 0.5).floor()
         t = t.sign() * ((t.abs() + 4 * q) / (8 * q)).floor() * q
-        x = ((4 * rows.T @ t + 0.5).floor() @ columns / 32 + 0.5).floor()
-        return x[..., :H, :W].clamp(-128, 127).float()
+        x = ((4 * D.T @ t + 0.5).floor() @ D / 32 + 0.5).floor()
+        return x.transpose(3, 4).flatten(4).flatten(2, 3)[..., :H, :W].clamp(-128, 127).float()
 
 
 CORRUPTIONS = dict(mask=Mask, block=Block, blur=Blur, downsample=Downsample, noise=Noise, jpeg=Jpeg)

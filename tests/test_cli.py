@@ -89,9 +89,11 @@ def check_run(folder: Path, laps: int = 1):
         "jpeg --quality 30",
     ],
 )
-def test_script_with_every_corruption(corruption, tmp_path):
-    code, out, err = script(*SMALL, "--corruption", *corruption.split(), cwd=tmp_path)
-    assert code == 0 and err == "", err
+def test_run_with_every_corruption(corruption, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert diffem.main([*SMALL, "--corruption", *corruption.split()]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
     assert re.search(r"PSNR of the posterior mean: start \d+\.\d+ dB, DiffEM \d+\.\d+ dB", out)
     check_run(tmp_path / "runs" / f"digits-{corruption.split()[0]}-1")
 

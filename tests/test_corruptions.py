@@ -88,13 +88,20 @@ def test_bases_are_orthonormal(block, height, width, channels, generator):
         torch.testing.assert_close(D @ D.T, torch.eye(size), atol=1e-5, rtol=0)
 
 
-def test_the_whole_images_dct_is_scipys(generator):
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_whole_images_dct_is_scipys(channels, generator):
+    """The three dimensions are colours, rows and columns."""
     from scipy.fft import dctn
 
-    x = torch.randn(1, 1, 9, 12, generator=generator)
-    torch.testing.assert_close(
-        transform(x, 0)[0, 0], torch.from_numpy(dctn(x[0, 0].numpy(), norm="ortho")), atol=1e-5, rtol=1e-5
-    )
+    x = torch.randn(1, channels, 9, 12, generator=generator)
+    expected = torch.from_numpy(dctn(x[0].numpy(), norm="ortho"))
+    torch.testing.assert_close(transform(x, 0)[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_colours_become_opponent_colours():
+    colours = torch.tensor([[1.0, 1, 1], [1, 0, -1], [1, -2, 1]])[:, :, None, None]  # grey, red - blue, ..
+    t = transform(colours, 1)[:, :, 0, 0]
+    torch.testing.assert_close(t, torch.diag(torch.tensor([3.0, 2, 6]).sqrt()))
 
 
 def dense(corruption, shape, y):
