@@ -202,8 +202,8 @@ class Config:
 # y = m (A x + s eps), m a mask. Each corruption has an orthonormal basis T, in which what y says about x is
 # (nearly) diagonal: a precision w >= 0, and h, w times an estimate, for each coefficient t of T x,
 #     log p(y | x) = sum (h t - w t^2 / 2) + const.
-# T x = D_H (O x) D_W^T: D is the DCT of blocks of n pixels, 1 (none), 8 (JPEG) or the image, and O that of the
-# channels. Of red, green and blue it gives grey, red - blue and red - 2 green + blue: opponent colours.
+# T x = D_H (O x) D_W^T: D is the DCT of blocks of n pixels: 1 (none), 8 (JPEG) or the image. O is that of the
+# channels: red, green and blue become grey, red - blue and red - 2 green + blue, the opponent colours.
 
 
 def fractions(size: int, device: torch.device) -> Tensor:
