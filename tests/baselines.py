@@ -2,7 +2,8 @@
 
 EM-MMPS   Rozet et al. 2024, arXiv 2405.13712: EM with an unconditional denoiser, guided by moment matching in the E-step.
 Ambient   Ambient Diffusion, Daras et al. 2023, arXiv 2305.19256: no EM; a denoiser trained on masked images with further
-          pixels masked. Images are restored with it by the same guidance.
+          pixels masked. It restores an image by one evaluation, E[x0 | y]: of what its own mask hides it gives no
+          covariance, which a guidance would need.
 """
 
 from dataclasses import replace
@@ -43,8 +44,9 @@ class MMPS(nn.Module):
     E[x0 | xt, y] = D + sigma^2 J^T A^T (s^2 I + A (sigma^2 J^T) A^T)^-1 (y - A D),  J = dD / dxt the denoiser's Jacobian: a
     symmetric matrix, as sigma^2 J = Cov[x0 | xt].
 
-    prior: where given, a Gaussian's Cov[x0 | xt] = (Sigma^-1 + I / sigma^2)^-1 is taken for sigma^2 J (the variant that was
-    published for the manifold). iterations: of conjugate gradients, 1 as published for images; 0: exact, for vectors.
+    prior: where given, a Gaussian's Cov[x0 | xt] = (Sigma^-1 + I / sigma^2)^-1 is taken for sigma^2 J (for the manifold, it
+    was published in the inverse only). iterations: of conjugate gradients, 1 as published for masks; a blur, which is
+    ill-conditioned, needs 3. 0: exact, for vectors.
     """
 
     def __init__(
@@ -62,7 +64,8 @@ class MMPS(nn.Module):
             x0, jacobian = torch.func.vjp(lambda xt: self.denoiser(xt, sigma, nothing), xt)
             C = None
             if self.iterations == 0:
-                rows = torch.stack([jacobian(e.expand_as(xt))[0] for e in torch.eye(xt.shape[1])], 1)
+                units = torch.eye(xt.shape[1], device=xt.device)
+                rows = torch.stack([jacobian(e.expand_as(xt))[0] for e in units], 1)
                 l, V = torch.linalg.eigh(
                     variance[..., None] * (rows + rows.mT) / 2
                 )  # positive but for the network's errors
@@ -78,14 +81,16 @@ class MMPS(nn.Module):
 
         _, adjoint = torch.func.vjp(lambda x: measure(self.corruption, x, y), x0)
 
+        # p x p pixels of a downsampled image share one noise value, of variance (p s)^2 in their mean
+        noise = getattr(self.corruption, "patch", 1) * self.corruption.noise
+
         def operator(v: Tensor) -> Tensor:
-            return self.corruption.noise**2 * v + measure(self.corruption, covariance(adjoint(v)[0]), y)
+            return noise**2 * v + measure(self.corruption, covariance(adjoint(v)[0]), y)
 
         residual = (y[..., -1] if y.ndim == 3 else y[:, :-1]) - measure(self.corruption, x0, y)
         if self.iterations == 0:
-            S = torch.stack(
-                [operator(e.expand_as(residual)) for e in torch.eye(residual.shape[1])], 2
-            )  # (B, m, m)
+            units = torch.eye(residual.shape[1], device=xt.device)
+            S = torch.stack([operator(e.expand_as(residual)) for e in units], 2)  # (B, m, m)
             v = torch.linalg.solve(S, residual)
         else:
             v = conjugate_gradients(operator, residual, self.iterations)
@@ -116,7 +121,7 @@ def em_mmps(
     state.iterations, state.observed_by = iterations, corruption
     if y.ndim == 4:  # without y, one step of the Gaussian's conjugate gradients is exact, and has a gradient
         for denoiser in (state.denoiser, state.average):
-            denoiser.likelihood = Corruption()
+            denoiser.likelihood = Corruption().to(y.device)
             denoiser.likelihood.block = 0
     yield state
     yield from diffem.em(y, corruption, config, state)
@@ -130,7 +135,8 @@ class Masked(Denoiser):
 
 
 class AmbientDenoiser(nn.Module):
-    """D(A~ xt, sigma, A~) with a fixed further mask A~: y (B, C + 1, H, W) is looked at for its size alone."""
+    """D(A~ xt, sigma, A~) with a further mask A~ for each image, the same at all noise levels: y (B, C + 1, H, W) is looked
+    at for its size alone."""
 
     def __init__(self, denoiser: Denoiser, rate: float, seed: int):
         super().__init__()
@@ -140,12 +146,21 @@ class AmbientDenoiser(nn.Module):
     sample = Denoiser.sample
 
     def forward(self, xt: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
-        mask = (
-            Mask(self.rate)
-            .mask(xt[:1], diffem.generator_for(xt.device, self.seed))
-            .expand(len(xt), -1, -1, -1)
-        )
+        mask = Mask(self.rate).mask(xt, diffem.generator_for(xt.device, self.seed))
         return self.denoiser(mask * xt, sigma, torch.cat([torch.zeros_like(xt), mask], 1))
+
+
+class AmbientMean(nn.Module):
+    """E[x0 | y] by one evaluation, in place of samples: A~ is the mask of y, whose noise is about sigma_min."""
+
+    def __init__(self, denoiser: Denoiser):
+        super().__init__()
+        self.denoiser = denoiser
+
+    @torch.no_grad()
+    def sample(self, y: Tensor, steps: int, method: str, generator: torch.Generator) -> Tensor:
+        sigma = torch.full(y.shape[:1], self.denoiser.sigma_min, device=y.device)
+        return self.denoiser(y[:, :-1], sigma, torch.cat([torch.zeros_like(y[:, :-1]), y[:, -1:]], 1))
 
 
 def ambient(y: Tensor, rate: float, further: float, config: Config, seconds) -> AmbientDenoiser:
@@ -162,15 +177,16 @@ def ambient(y: Tensor, rate: float, further: float, config: Config, seconds) -> 
     while seconds():
         generator = diffem.generator_for(y.device, config.seed, 1, step)
         batch = diffem.augment(
-            y[torch.randint(len(y), (config.batch,), generator=generator)], config, generator
+            y[torch.randint(len(y), (config.batch,), generator=generator, device=y.device)], config, generator
         )
         x0, known = batch[:, :-1], batch[:, -1:]
-        mask = known * (torch.rand(known.shape, generator=generator) >= further)
+        mask = known * (torch.rand(known.shape, generator=generator, device=y.device) >= further)
         sigma = diffem.random_noise_level(len(x0), config, generator).view(-1, 1, 1, 1)
         xt = x0 + sigma * diffem.randn_like(x0, generator)
         error = known * (
             state.denoiser(mask * xt, sigma.flatten(), torch.cat([torch.zeros_like(x0), mask], 1)) - x0
         )
-        state.lap, state.step, step = 1, 0, step + 1  # at a constant learning rate
+        # A constant learning rate; the average of the weights begins with the second step
+        state.lap, state.step, step = 1 + (step > 0), 0, step + 1
         diffem.optimise(state, (error.square() / (1 - mask / (sigma**2 + 1))).mean(), config)
     return AmbientDenoiser(state.average, 1 - (1 - rate) * (1 - further), config.seed)

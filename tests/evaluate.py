@@ -67,7 +67,7 @@ def fidelity(folder: Path, reference: Path, device: str, weights: str | None) ->
             f"torch-fidelity fails ({reason}); its weights may be given as --inception-weights FILE"
         ) from error
     names = dict(frechet_inception_distance="FID", inception_score_mean="IS", kernel_inception_distance_mean="KID",
-                 precision="precision", recall="recall")  # fmt: skip
+                 recall="precision", precision="recall")  # fmt: skip  # torch-fidelity takes input1 for the real ones
     return {short: metrics[name] for name, short in names.items()}
 
 

@@ -226,7 +226,7 @@ def run(
     def measure(x: Tensor, **row) -> None:
         error = (corruption.measure(x, y[: len(x)]) - y[: len(x), :, -1]) / corruption.noise
         residual = float(error.square().mean().sqrt())
-        cost = transport(x[:points], x0[:points]) - floor
+        cost = transport(x[:points], x0[-points:]) - floor  # not those x0 that x was drawn for
         rows.append(dict(lap=state.lap, **row, transport=cost, residual=residual))
         print(json.dumps(rows[-1]), flush=True)
 

@@ -6,7 +6,7 @@ import torch
 from manifold import Projection, VectorGaussian, first_state, manifold
 from test_method import ExactDenoiser, draw, gaussian
 
-from diffem import Config, Mask
+from diffem import Blur, Config, Corruption, Denoiser, Downsample, Gaussian, Mask, Noise
 
 
 @pytest.mark.parametrize("variant", ["jacobian", "covariance"])
@@ -24,6 +24,22 @@ def test_moment_matching_is_exact_for_a_gaussian(variant, generator):
     for iterations in (0, 10):  # exactly, and by conjugate gradients
         guided = baselines.MMPS(exact, corruption, iterations, prior)
         torch.testing.assert_close(guided(xt, sigma, y), exact(xt, sigma, y), atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("corruption", [Noise(0.3), Blur(1.0, 0.1), Downsample(2, 0.3)])
+def test_moment_matching_agrees_with_the_conditional_denoiser(corruption, generator):
+    """While F is 0, both are the posterior mean of a smooth Gaussian."""
+    gaussian, config = Gaussian([1, 8, 8], power=3.0), Config(channels=(8,))
+    conditional, other = (Denoiser(gaussian, corruption, config) for _ in range(2))
+    other.likelihood = Corruption()
+    other.likelihood.block = 0
+    x0, sigma = gaussian.sample(4, generator), torch.tensor([0.1, 0.5, 1.0, 5.0])
+    xt = x0 + sigma.view(-1, 1, 1, 1) * torch.randn(x0.shape, generator=generator)
+    y = corruption(x0, generator)
+    with torch.no_grad():
+        guided = baselines.MMPS(other, corruption, 50)(xt, sigma, y)
+        least = 5e-3 if corruption.block != 2 else 0.04  # D takes 4 steps of conjugate gradients there
+        torch.testing.assert_close(guided, conditional(xt, sigma, y), atol=least, rtol=0)
 
 
 def test_em_mmps_samples_agree_with_the_observations(generator):
@@ -58,3 +74,9 @@ def test_ambient_diffusion_learns_what_is_masked(generator):
     with torch.no_grad():
         error = denoiser(xt, torch.full((64,), 0.5), y[:64]) - x0[:64]
     assert error.square().mean().sqrt() < 0.25
+    restored = baselines.AmbientMean(denoiser.denoiser).sample(y[:64], 8, "ddpm", generator)
+    assert (restored - x0[:64]).square().mean().sqrt() < 0.25
+    masks = []  # of new images: one for each, the same in all steps
+    denoiser.denoiser.register_forward_pre_hook(lambda module, inputs: masks.append(inputs[2][:, -1]))
+    denoiser.sample(y[:2], 2, "ddpm", generator)
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0][0], masks[0][1])

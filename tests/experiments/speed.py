@@ -41,7 +41,8 @@ def compare(text: str, rounds: int, settings: dict) -> list[dict]:
     inputs = state.x0, state.x0, y, torch.zeros(1)
     flops = dict.fromkeys(candidates, flops_of(state.denoiser.network, *inputs))
     try:
-        candidates["diffusers"], flops["diffusers"] = diffusers_step(text, config.batch, config.image_size)
+        step = diffusers_step(text, config.batch, config.image_size)
+        candidates["diffusers, float32"], flops["diffusers, float32"] = step
     except ImportError:
         print("diffusers is not installed: not compared")
     rows, seconds = [], medians(candidates, rounds)

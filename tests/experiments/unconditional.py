@@ -2,8 +2,8 @@
 
 Further M-steps on the final reconstructions of a run, with y = 0 more often (--p), as the paper trains a second
 network for new images. A row before, and one for each p: CPU-seconds, PSNR and Frechet distance of one sample
-of held-out images, Frechet distance of new images, in the features of a small classifier of clean images;
-and the metrics and scores of diffem.py.
+of the run's held-out images, Frechet distance of new images, in the features of a small classifier of clean
+images; and the metrics and scores of diffem.py.
 """
 
 import time
@@ -20,10 +20,8 @@ def main() -> None:
         __doc__, run="", data_dir="data", images=10_000, held_out=500, p=[1.0, 0.5], steps=1000
     )
     checkpoint = diffem.Checkpoint(options.run)
-    saved, generator = checkpoint.settings, diffem.generator_for("cpu", 0, 0, 9)
-    x0, truth, classes = read_classes(options)
-    features, rows = train_classifier(x0, classes), []
-    y = diffem.CORRUPTIONS[saved.corruption](**saved.parameters)(truth, generator)
+    saved, (x0, _, classes) = checkpoint.settings, read_classes(options)
+    features, rows, data = train_classifier(x0, classes), [], diffem.make_data(checkpoint.settings)
 
     def distance(x) -> float:
         return frechet(features, x, x0)
@@ -37,7 +35,7 @@ def main() -> None:
         for step in range(options.steps if rows else 0):  # the first row is the run's own
             diffem.m_step(state, config, diffem.generator_for("cpu", 7, step))
         row = dict(p=p, seconds=time.process_time() - start)
-        rows.append(row | measure(state, y, truth, config, distance))
+        rows.append(row | measure(state, data.held_out, data.truth, config, distance))
         table.show(rows[-1])
     table.table("A last training for new images", rows, vars(options))
 
