@@ -10,7 +10,7 @@ corruption. A conditional diffusion model q(x0 | y) is trained and sampled in tu
                               lambda(sigma) || D_theta(x0 + sigma eps, sigma, y) - x0 ||^2         (Eq. 10)
         E-step   X(lap)_i ~ q_theta(x0 | y_i)    by diffusion, from sigma_max down to sigma_min
 
-In the laps, the E-step uses the real observations y_i; in the M-step y ~ Q is new in every batch.
+In the laps, the E-step uses the real observations y_i. The M-step draws a new y ~ Q for every batch.
 
     python diffem.py                        # 8x8 digits, half of the pixels missing: minutes on a laptop
     python diffem.py --dataset cifar10      # the paper's network and laps (without a GPU, a small version)
@@ -18,7 +18,9 @@ In the laps, the E-step uses the real observations y_i; in the M-step y ~ Q is n
     torchrun --nproc-per-node=8 diffem.py --dataset cifar10
 
 Symbols   x0 clean, xt = x0 + sigma eps noisy, y observation, sigma noise level, eps ~ N(0, 1), D denoiser,
-          A forward map of the corruption, s standard deviation of the observation's noise
+          A forward map of the corruption, m its mask, s standard deviation of the observation's noise,
+          T an orthonormal basis, in which y says w (a precision) and h of each coefficient of T x,
+          S spectrum of a Gaussian, G and v its mean and variance of x0 given xt and y
 Words     lap: one EM iteration. start: the Gaussian p0 and its draws X(0), which are lap 0. evaluation: one
           pass of an image through the network. unconditional: given y = 0, "nothing observed"; the network
           then samples the model of clean images
@@ -63,7 +65,7 @@ from export import METHODS, DiffEMError, require
 def generator_for(device, *key: int) -> torch.Generator:
     """A generator seeded by integers, so that a run needs no stored state to resume. M-step: (seed, lap,
     step, rank). E-step: (seed, lap, steps + images drawn, rank). Else (seed, 0, k): k = 0 the observations, 1
-    the start, 2 the weights, 3 the pictures, 4 the order of images, 5 their squares, 6 the scores."""
+    the start, 2 the weights, 3 a report's samples, 4 the order of images, 5 their squares, 6 the scores."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1)
     return torch.Generator(device).manual_seed(int(seed))
 
@@ -77,12 +79,13 @@ def on_cpu(generator: torch.Generator) -> torch.Generator:
 def torch_seeded_by(generator: torch.Generator):
     """Seeds torch's global generator, for initial weights, dropout and svd_lowrank, and restores it after."""
     with torch.random.fork_rng([generator.device] if generator.device.type == "cuda" else []):
-        torch.manual_seed(generator.initial_seed() + 1)  # not itself: dropout would repeat its numbers
+        # + 1: with the same seed, dropout would repeat the generator's numbers
+        torch.manual_seed(generator.initial_seed() + 1)
         yield
 
 
 def at_most(number: int, image: Tensor) -> int:
-    """`number` images like this one, or fewer (at least 1), so that they have at most 2^23 values."""
+    """How many images like this one to take at once: `number`, or as many as have 2^23 values."""
     return min(number, max(1, 2**23 // image.numel()))
 
 
@@ -91,7 +94,7 @@ def randn_like(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def cut(x: Tensor, size: tuple, grid: int, generator: torch.Generator) -> Tensor:
-    """Parts of a size (H, W) of images x (B, C, ..), at random places that are multiples of `grid`."""
+    """A part of a size (H, W) of each image x (B, C, ..), its corner at a random multiple of `grid`."""
     for axis, n in zip((2, 3), size):
         places = (x.shape[axis] - n) // grid + 1
         first = grid * torch.randint(places, (len(x), 1, 1, 1), generator=generator, device=x.device)
@@ -157,7 +160,7 @@ class Config:
     first_method: str = setting("ddpm", "sampler of E-steps in the first part of the laps", choices=METHODS)
     first_part: float = setting(0.5, "fraction of the laps with --first-method", 0, 1)
     sample_steps: int = setting(8, "evaluations to restore an image", 1, 1e5)
-    first_sample_steps: int = setting(16, "the same in lap 1; they grow if fewer; 0: equal", 0, 1e5)
+    first_sample_steps: int = setting(16, "in lap 1, growing if fewer; 0: --sample-steps", 0, 1e5)
     sample_batch: int = setting(512, "images sampled at once; halved where memory is short", 1)
     unconditional_steps: int = setting(32, "evaluations to sample a new image", 1, 1e5)
     smoothness: float = setting(0.0, "first guess of the spectrum's power in the start; 0: low rank", 0, 6)
@@ -187,8 +190,8 @@ class Config:
 
     def e_step_sampler(self, lap: int) -> tuple[int, str]:
         """Evaluations of each image, and method, in the E-step of a lap >= 1. A few steps of ddpm draw too
-        narrowly. In the first part of the laps this speeds EM up, as over-relaxation does. The rest must draw
-        with the right spread, or the model becomes too certain of its own draws."""
+        narrowly. In the first part of the laps this speeds EM up, like over-relaxation. Later laps need the
+        right spread: else the model becomes too certain of its own draws."""
         last = self.first_part * self.laps
         if lap > last:
             return self.sample_steps, self.method
@@ -202,7 +205,7 @@ class Config:
 # y = m (A x + s eps), m a mask. Each corruption has an orthonormal basis T, in which what y says about x is
 # (nearly) diagonal: a precision w >= 0, and h, w times an estimate, for each coefficient t of T x,
 #     log p(y | x) = sum (h t - w t^2 / 2) + const.
-# T x = D_H (O x) D_W^T: D is the DCT of blocks of n pixels: 1 (none), 8 (JPEG) or the image. O is that of the
+# T x = D_H (O x) D_W^T: D is the DCT of blocks, of 1 pixel (none), 8 (JPEG) or the image. O is the DCT of the
 # channels: red, green and blue become grey, red - blue and red - 2 green + blue, the opponent colours.
 
 
@@ -213,7 +216,7 @@ def fractions(size: int, device: torch.device) -> Tensor:
 
 
 def dct(block: int, size: int, device: torch.device) -> Tensor:
-    """D (size, size), orthonormal: DCT-II matrices of `block` (0: size) on the diagonal, the last cut off."""
+    """D (size, size), orthonormal: DCT-II matrices of `block` (0: size) on the diagonal, the last smaller."""
     i = torch.arange(size, device=device)
     k = i % block if block > 0 else i  # both the place within the block and the frequency
     n = i[-1:] + 1 - i + k
@@ -247,10 +250,10 @@ class Corruption(nn.Module):
 
     __constants__ = ["noise", "block", "patch"]
     noise = 0.0  # s
-    block = 1  # side of the blocks of T; 0: the whole image, of which no pixel may be missing
+    block = 1  # side of the blocks of T; 0: the whole image, which says nothing if a pixel is hidden
     patch = 1  # side of the squares that are observed together
     multiple = 1  # the sides of images must be multiples of this
-    rescale = False  # the default of --rescale: is the same detail lost in every image?
+    rescale = False  # the default of --rescale: True if every image loses the same detail
     smoothness = 0.0  # the default of --smoothness is at least this
     limits = {}  # of the arguments by name: (low, high)
 
@@ -291,9 +294,8 @@ class Corruption(nn.Module):
         if self.masks is None:
             return self.observe(x, self.mask(x, generator), generator)
         i = torch.randint(len(self.masks), (len(x),), generator=generator, device=x.device)
-        m = self.masks[i].to(x.dtype)
-        if m.shape[2:] != x.shape[2:]:  # of crops and copies; what is observed together stays together
-            m = cut(m, x.shape[2:], self.patch, generator)
+        # Crops and smaller copies take a part of a mask; what is observed together stays together
+        m = cut(self.masks[i].to(x.dtype), x.shape[2:], self.patch, generator)
         return self.observe(x, m, generator)
 
     def observe(self, x: Tensor, m: Tensor, generator: torch.Generator) -> Tensor:
@@ -302,6 +304,7 @@ class Corruption(nn.Module):
         return torch.cat([m * (value + self.noise * self.eps(x, generator) if self.noise else value), m], 1)
 
     def hides_pixels(self) -> bool:
+        """Are pixels missing in its observations?"""
         return self.masks is not None or type(self).mask is not Corruption.mask
 
     def observed(self, y: Tensor) -> Tensor:
@@ -311,13 +314,14 @@ class Corruption(nn.Module):
 
     def information(self, y: Tensor) -> Pair:
         """w and h: (B, C + 1, H, W) -> both (B, C, H, W). In a block that is observed in part, gaps are
-        interpolated, and w and h are multiplied by the fraction observed."""
+        interpolated, and w and h are multiplied by the fraction observed. An image that is one block must be
+        observed whole: else w and h are 0."""
         i, j = [torch.arange(n, device=y.device) % self.w.shape[-1] for n in y.shape[-2:]]
         m = self.observed(y)
         if self.block > 1:
             y = interpolate(y, torch.zeros_like(y[:1, :-1]))
-            first = (i[:, None] == 0) & (j == 0)  # the coefficient of a block's mean
-            m = inverse(first * transform(m, self.block), self.block)
+            # The means of blocks: their first coefficients alone
+            m = inverse(((i[:, None] == 0) & (j == 0)) * transform(m, self.block), self.block)
         t, w, slope = transform(y[:, :-1], self.block), self.w[:, i][:, :, j], self.slope[:, i][:, :, j]
         return (m * w).expand_as(t), m * slope * t
 
@@ -332,7 +336,7 @@ class Corruption(nn.Module):
         #     E[t^2] - 2 r E[t u] + r^2 E[u^2] = 1 / (1 / E[t^2] + w)
         moments = [v.view(N, C, H // n, n, W // n, n).mean((0, 2, 4)) for v in (t * t, t * u, u * u)]
         tt, tu, uu = moments[0].clamp_min(1e-9), moments[1], moments[2].clamp_min(1e-9)
-        most = (tt.sum() / uu.sum()).sqrt().clamp_min(1)  # if larger, u is almost always 0
+        most = (tt.sum() / uu.sum()).sqrt().clamp_min(1)  # a larger r means that u is almost always 0
         r = (tu / uu).clamp(-most, most)
         precision = 1 / (tt - 2 * r * tu + r**2 * uu).clamp_min(1e-6)
         self.w, self.slope = (precision - 1 / tt).clamp_min(0), precision * r
@@ -340,14 +344,14 @@ class Corruption(nn.Module):
 
 class Linear(Corruption):
     """A = T^T k T with a known k, `transfer`. Then w = k^2 / s^2 and h = k T y / s^2, 0 where a pixel is
-    missing."""
+    missing. An s below 1e-3 counts as 1e-3."""
 
     def transfer(self, y: Tensor) -> Tensor:
         """k, in a shape that expands to (H, W)."""
         return torch.ones(1, 1, device=y.device)
 
     def information(self, y: Tensor) -> Pair:
-        # p x p pixels share one noise value: p s in T y. A precision above 1e6 would hide 1 / S in float32
+        # p x p pixels share one noise value: p s in T y. A larger precision would hide 1 / S in float32
         k, precision = self.transfer(y), self.observed(y) / max((self.patch * self.noise) ** 2, 1e-6)
         t = transform(y[:, :-1], self.block)
         return (precision * k**2).expand_as(t), precision * k * t
@@ -401,7 +405,7 @@ class Noise(Linear):
 
 class Blur(Linear):
     """Gaussian blur of `width` pixels (standard deviation), mirrored at the border (b a | a b): y = K x + s
-    eps. float32 is enough for s >= 1e-3, the paper's. A smaller s counts as 1e-3 in w."""
+    eps."""
 
     block, rescale, limits = 0, True, dict(width=(0.01, 1e3), noise=(0, 4))
 
@@ -521,7 +525,7 @@ def mask_patches(y: Tensor, fraction: Tensor, side: int, generator: torch.Genera
 class Gaussian(nn.Module):
     """x ~ N(mean, Sigma), Sigma = S + U U^T. S is diagonal in the DCT of the image and in opponent colours,
     where it falls with the frequency, S_ij = scale / (1 + i^2 + j^2)^(power / 2). U is of low rank, for
-    images that are not alike everywhere, such as digits. With power 0 this is the published start."""
+    images that are not alike everywhere, such as digits. With power 0, S is white: the published start."""
 
     def __init__(self, shape: list, rank: int = 0, power: float = 0.0):
         """shape: of one x, (C, H, W). Its variance is 1 until it is fitted."""
@@ -547,8 +551,8 @@ class Gaussian(nn.Module):
         if self.rank:
             with torch_seeded_by(generator):
                 _, singular, U = torch.svd_lowrank(z, q=min(self.rank + 8, N, d), niter=2)
-            kept = min(self.rank, d - 1, N - 1)
-            U, variance = U[:, :kept], singular[:kept].square() / N
+            rank = min(self.rank, d - 1, N - 1)
+            U, variance = U[:, :rank], singular[:rank].square() / N
         # Probabilistic PCA (Tipping & Bishop 1999): S is what U leaves,  U <- U (variance - U^T S U)^(1/2)
         rest = (z.square().mean(0) - U.square() @ variance).clamp_min(0).view(x.shape[1:])
         rest = rest * (d / (d - U.shape[1]))
@@ -582,8 +586,8 @@ class Gaussian(nn.Module):
             (w, h), x = corruption.information(part), self.sample(len(part), generator)
             h = h + w.sqrt() * randn_like(h, generator)
             t, _ = self.posterior(part, (w, h), x, corruption.block, steps)
-            parts.append(inverse(t, corruption.block))
-        return torch.cat([part.to(y.device) for part in parts])
+            parts.append(inverse(t, corruption.block).to(y.device))
+        return torch.cat(parts)
 
     def precision(self, t: Tensor, S: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """Sigma^-1 t. rows, columns: from the coordinates of t to the DCT of the whole image."""
@@ -599,9 +603,9 @@ class Gaussian(nn.Module):
         T has blocks of `block`. wh: w and h, (B, C, H, W); y, their source, gives a first guess. Solves
             (Sigma^-1 + w) t = Sigma^-1 mean + h
         by conjugate gradients: one step is exact where T is the basis of S, 4 are close. The variances are
-        1 / (a + w). a is the precision that the other coefficients give to one, under N(0, S): between that
-        of others of which only the smallest w is known, and that of others known exactly, by the fraction of
-        neighbours observed. Exact where T is the basis of S or w is constant.
+        1 / (a + w). a is what the other coefficients say of one, under N(0, S): `given_least` if of each of
+        them only the smallest w is known, `given_all` if they are known exactly; in between by the fraction
+        of neighbours observed, `near`. Exact where T is the basis of S or w is constant.
         """
         (w, h), (H, W) = wh, y.shape[-2:]
         S, mean = self.spectrum(H, W), mean.expand(h.shape)
@@ -620,12 +624,12 @@ class Gaussian(nn.Module):
             known = ((w - least) / (w - least + alone)).mean((1, 2, 3), keepdim=True).clamp_max(0.999)
             observed = y[:, -1:].mean((1, 2, 3), keepdim=True).clamp_min(1e-3)
             near = (guess[:, -1:] * known / observed).clamp(0, 1)
-            a = alone + near * (given_all - alone)
+            rough = alone + near * (given_all - alone)  # as `a`, from what is known before xt
             # A Wiener filter of what is known of all coefficients, `least`, about the guess, of precision r
-            z, r = h / w.clamp_min(1e-9), a.mean((2, 3), keepdim=True) * known / (1 - known)
+            z, r = h / w.clamp_min(1e-9), rough.mean((2, 3), keepdim=True) * known / (1 - known)
             t = torch.where(known > 1e-6, transform(guess[:, :-1], block), t)
             t = t + rows.T @ (rows @ (z - t) @ columns.T * (least / (1 / S + r + least))) @ columns
-            t = t + (w - least) / (a + w) * (z - t)
+            t = t + (w - least) / (rough + w) * (z - t)
         residual = b - self.precision(t, S, rows, columns) - w * t
         p, rq = torch.zeros_like(b), torch.ones_like(least)
         for _ in range(steps):
@@ -646,10 +650,10 @@ def interpolate(y: Tensor, mean: Tensor) -> Tensor:
     d = torch.arange(-10, 11, device=y.device)
     kernel = (d[:, None] ** 2 + d**2 + 0.3) ** -2.5 * (d[:, None] ** 2 + d**2 > 0)
     # A convolution of the mirrored image:  k_ij = sum_rs kernel_rs cos(pi i r / H) cos(pi j s / W)
-    i, j = [torch.cos(math.pi * fractions(n, y.device)[:, None] * d) for n in (H, W)]
+    cos_i, cos_j = [torch.cos(math.pi * fractions(n, y.device)[:, None] * d) for n in (H, W)]
     rows, columns, observed = dct(0, H, y.device), dct(0, W, y.device), y[:, -1:]
     z = torch.cat([observed * (y[:, :-1] - mean), observed], 1)
-    z = rows.T @ (i @ kernel @ j.T * (rows @ z @ columns.T)) @ columns
+    z = rows.T @ (cos_i @ kernel @ cos_j.T * (rows @ z @ columns.T)) @ columns
     value = torch.where(observed > 0, y[:, :-1], mean + z[:, :-1] / z[:, -1:].clamp_min(1e-3))
     return torch.cat([value, z[:, -1:] / kernel.sum()], 1)
 
@@ -704,21 +708,23 @@ class Attention(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x + gate conv(silu(conv((1 + scale) norm(x) + shift))), scale, shift and gate from the noise level."""
+    """x + gate conv(dropout(silu(conv((1 + scale) norm(x) + shift)))), scale, shift and gate from the noise
+    level; then, in some levels, attention."""
 
-    def __init__(self, channels: int, emb: int, heads: int, dropout: float):
+    def __init__(self, level: int, config: Config):
         super().__init__()
+        channels = config.channels[level]
         self.norm = group_norm(channels, affine=False)
-        self.modulation = zeroed(nn.Linear(emb, 3 * channels))
+        self.modulation = zeroed(nn.Linear(4 * config.channels[0], 3 * channels))
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.attention = Attention(channels, heads) if heads else nn.Identity()
+        self.attention = Attention(channels, config.heads) if level in config.attention else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         scale, shift, gate = self.modulation(emb)[:, :, None, None].chunk(3, 1)  # each (B, C, 1, 1)
         h = (1 + scale) * self.norm(x) + shift
-        h = self.conv1(h.contiguous(memory_format=torch.channels_last))  # a GPU's GroupNorm returns another
+        h = self.conv1(h.contiguous(memory_format=torch.channels_last))  # on a GPU, GroupNorm changes it
         h = self.conv2(self.dropout(F.silu(h)))
         return self.attention(x + gate * h)
 
@@ -739,9 +745,9 @@ class NoiseEmbedding(nn.Module):
 class UNet(nn.Module):
     """F for images of any size. Level i has channels[i] channels at 2^-i of the resolution, rounded up.
 
-    All gates are 0 at first, and so is F, by a gain for each noise level and channel. Else, as long as there
-    is little to learn, a few features grow a hundredfold; the norms then shrink all others, and what they
-    know is lost.
+    All gates and F are 0 at first, F by a gain for each noise level and channel. Without these, a few
+    features grow a hundredfold while there is little to learn; the norms then shrink the others, and what
+    they learnt is lost.
     """
 
     def __init__(self, inputs: int, outputs: int, config: Config):
@@ -750,9 +756,7 @@ class UNet(nn.Module):
 
         def level(i: int, inputs: int, stride: int) -> tuple[nn.Module, nn.ModuleList]:
             conv = nn.Conv2d(inputs, channels[i], 3, stride, padding=1)
-            heads = config.heads if i in config.attention else 0
-            arguments = channels[i], 4 * channels[0], heads, config.dropout
-            return conv, nn.ModuleList(ResidualBlock(*arguments) for _ in range(config.blocks))
+            return conv, nn.ModuleList(ResidualBlock(i, config) for _ in range(config.blocks))
 
         self.emb = NoiseEmbedding(4 * channels[0])
         down = [level(i, channels[i - 1] if i else inputs, 2 if i else 1) for i in range(coarsest + 1)]
@@ -763,9 +767,9 @@ class UNet(nn.Module):
         self.out = nn.Conv2d(channels[0], outputs, 3, padding=1)
         self.gain = zeroed(nn.Linear(4 * channels[0], outputs))
 
-    def forward(self, xt: Tensor, mean: Tensor, y: Tensor, log_sigma: Tensor) -> Tensor:
+    def forward(self, xt: Tensor, G: Tensor, y: Tensor, log_sigma: Tensor) -> Tensor:
         emb = self.emb(log_sigma).to(xt.dtype)
-        x = torch.cat([xt, mean, y], 1)
+        x = torch.cat([xt, G, y], 1)
         skips: list[Tensor] = []
         for down, blocks in zip(self.down, self.encoder):
             x = down(x)
@@ -794,11 +798,11 @@ def sampler(method: str, steps: int, sigma_min: float, sigma_max: float) -> list
 
         ddpm   xs = r^2 xt + (1 - r^2) D + sigma_s sqrt(1 - r^2) eps          (ancestral, as published)
         ddim   xs = r xt + (1 - r) D                                          (Song et al. 2021)
-        sde2m, dpm2m: the same with (3 D - D_previous) / 2 in place of D, except in the first and last step
-                                                              (DPM-Solver++(2M), SDE and ODE, Lu et al. 2022)
+        sde2m, dpm2m: as ddpm and ddim, with (3 D - D_previous) / 2 in place of D but in the first and last
+                      step                                    (DPM-Solver++(2M), SDE and ODE, Lu et al. 2022)
     """
-    known = method in ["ddpm", "ddim", "sde2m", "dpm2m"]  # TorchScript cannot read METHODS
-    require(known, f"unknown method {method}: ddpm, ddim, sde2m, dpm2m")
+    methods = "ddpm, ddim, sde2m, dpm2m"  # TorchScript cannot read METHODS
+    require(method in methods.split(", "), f"unknown method {method}: {methods}")
     require(steps >= 1, f"steps must be at least 1, not {steps}")
     table: list[Step] = []
     levels = [sigma_max * (sigma_min / sigma_max) ** (i / max(steps - 1, 1)) for i in range(steps)] + [0.0]
@@ -819,8 +823,8 @@ class Denoiser(nn.Module):
     given xt and y under a smooth Gaussian, v its variance for each pixel and opponent colour: y says w and h
     of T x0, xt adds 1 / sigma^2 to w. The network F is 0 at first, so D starts as the best guess under that
     Gaussian, agrees with y, and learns only what is not Gaussian. (With v in T in place of O, the convolution
-    F would have to know the place of each block, and learns nothing.) Preconditioning "edm" (Karras et al.
-    2022): N(0, I) and w = h = 0, hence  G = xt / (sigma^2 + 1),  v = sigma^2 / (sigma^2 + 1),  as published.
+    F would have to know the place of each block, and would learn nothing.) For preconditioning "edm" (Karras
+    et al. 2022), N(0, I) and w = h = 0:  G = xt / (sigma^2 + 1),  v = sigma^2 / (sigma^2 + 1),  as published.
     """
 
     def __init__(self, gaussian: Gaussian, corruption: Corruption, config: Config):
@@ -867,14 +871,14 @@ class Denoiser(nn.Module):
         return self.estimate(xt, sigma, y)[0]
 
     def loss(self, x0: Tensor, y: Tensor, sigma: Tensor, generator: torch.Generator) -> Tensor:
-        """Eq. 10 for each x0 (B, C, H, W) at noise level sigma (B,): (B,), from 0.4 to 1.4 while F is 0.
+        """Eq. 10 for each x0 (B, C, H, W) at noise level sigma (B,): (B,), about 1 while F is 0, but larger
+        at the highest levels.
 
         The paper's lambda(sigma) |e|^2 / d,  lambda = 1 / sigma^2 + 1,  weighs the error e = D - x0 by the
         precision of x0 given xt under N(0, I). Here it is the Gaussian's, given xt and y,  |e|^2 / sum v. For
         "edm" it is the same. (|v^(-1/2) e|^2 would spend the network on pixels that are almost certain.)
         """
-        xt = x0 + sigma.view(-1, 1, 1, 1) * randn_like(x0, generator)
-        D, v = self.estimate(xt, sigma, y)
+        D, v = self.estimate(x0 + sigma.view(-1, 1, 1, 1) * randn_like(x0, generator), sigma, y)
         return (D - x0).square().flatten(1).sum(1) / v.flatten(1).sum(1)
 
     @torch.jit.export
@@ -901,7 +905,7 @@ class State:
     optimizer: torch.optim.Optimizer
     losses: Tensor  # (steps,) of this lap
     sample_batch: int  # images to sample at once
-    start: Gaussian | None = None  # in lap 0 only
+    start: Gaussian | None = None  # draws in lap 0; None later
     lap: int = 0
     step: int = 0  # optimiser steps done in this lap
     drawn: int = 0  # reconstructions drawn in this lap
@@ -923,8 +927,7 @@ class State:
     def check(self) -> None:
         """Raises DiffEMError if a loss of this lap is not finite."""
         good = int(self.losses[: self.step].isfinite().cumprod(0).sum())  # steps before the first bad one
-        where = f"lap {self.lap}, step {good + 1}"
-        require(good == self.step, f"the loss is not finite in {where}: try a lower --lr")
+        require(good == self.step, f"loss not finite in lap {self.lap}, step {good + 1}: try a lower --lr")
 
 
 def new_denoiser(gaussian: Gaussian, corruption: Corruption, config: Config, device, cls=Denoiser):
@@ -978,7 +981,7 @@ def em(y: Tensor, corruption: Corruption, config: Config, state: State | None = 
     device, (rank, size) = torch.device(device or y.device), ranks()
     require(config.batch % size == 0, f"--batch {config.batch} must be a multiple of the {size} processes")
     if state is None:
-        for part in y.split(4096):
+        for part in y.chunk(1 + len(y) // 4096):
             check_observations(as_float(part, part.device))
         state = first_state(y, corruption.to(device), config, generator_for(device, config.seed, 0, 1))
         yield state
@@ -995,7 +998,7 @@ def em(y: Tensor, corruption: Corruption, config: Config, state: State | None = 
 
 
 def as_float(y: Tensor, device: torch.device) -> Tensor:
-    """Observations (N, C + 1, H, W) in floating point, on a device. Bytes in y are as in 8-bit files."""
+    """Observations (N, C + 1, H, W) in floating point, on a device. Bytes: as in files, the mask 0 or 1."""
     y = y.to(device)
     if y.is_floating_point():
         return y
@@ -1005,11 +1008,10 @@ def as_float(y: Tensor, device: torch.device) -> Tensor:
 
 def check_observations(y: Tensor) -> None:
     """Raises DiffEMError if y (N, C + 1, H, W) is not what the docstring of this file says."""
-    ok = y.ndim == 4 and y.shape[1] > 1
-    require(ok, f"observations must be (N, C + 1, H, W), the mask last, not {list(y.shape)}")
+    ok = y.ndim == 4 and y.shape[1] > 1 and len(y) > 0 and y[0, 0].numel() > 1
+    expected = "(N, C + 1, H, W), the mask last, of more than one pixel"
+    require(ok, f"observations must be {expected}, not {list(y.shape)}")
     value, m = y[:, :-1], y[:, -1:]
-    ok = value.numel() > 0 and y.shape[2] * y.shape[3] > 1
-    require(ok, "observations need images, of more than one pixel")
     require(y.dtype == torch.float32, f"observations must be float32, not {y.dtype}")
     require(not ((m != 0) & (m != 1)).any(), "the last channel of y must be 1 where observed, else 0")
     require(value.isfinite().all(), "y has values that are not finite: set missing pixels to 0")
@@ -1058,7 +1060,7 @@ def m_step(state: State, config: Config, generator: torch.Generator) -> None:
 
 def optimise(state: State, loss: Tensor, config: Config) -> None:
     """One step of the optimiser and of the weights' average, by gradients averaged over all processes."""
-    # Constant, then falling to 0: when EM has nearly converged, what remains is the noise of the weights
+    # Constant, then falling to 0: in the end only the noise of the weights is left to reduce
     fall = 2 - 2 * (state.lap - 1 + state.step / config.steps) / config.laps
     state.optimizer.param_groups[0]["lr"] = config.lr * min(1, fall)
     state.optimizer.zero_grad()
@@ -1066,11 +1068,10 @@ def optimise(state: State, loss: Tensor, config: Config) -> None:
     state.losses[state.step] = loss.detach()
     if ranks()[1] > 1:
         parts = [state.losses[state.step], *(p.grad for p in state.denoiser.parameters())]
-        # In the order of memory: flatten() would copy channels_last gradients
-        mean = torch.cat([part.as_strided([part.numel()], [1]) for part in parts]) / ranks()[1]
+        mean = torch.cat([part.flatten() for part in parts]) / ranks()[1]
         dist.all_reduce(mean)
-        means = zip(mean.split([part.numel() for part in parts]), parts)
-        torch._foreach_copy_(parts, [v.as_strided(part.shape, part.stride()) for v, part in means])
+        means = mean.split([part.numel() for part in parts])
+        torch._foreach_copy_(parts, [v.view(part.shape) for v, part in zip(means, parts)])
     nn.utils.clip_grad_norm_(state.denoiser.parameters(), config.clip)
     state.optimizer.step()
     # average <- ema average + (1 - ema) denoiser,  at first the denoiser
@@ -1107,8 +1108,7 @@ def augment(x0: Tensor, config: Config, generator: torch.Generator, multiple: in
     if config.crop:
         # The corruption's blocks then lie elsewhere on each image: what one place loses, another shows. The
         # border of a square is treated as an image's: the U-Net pads it by 0, the corruption mirrors it
-        crop = min(config.crop, *x0.shape[2:])
-        x0 = cut(x0, (crop, crop), 1, generator)
+        x0 = cut(x0, (min(config.crop, *x0.shape[2:]),) * 2, 1, generator)
     return x0
 
 
@@ -1160,7 +1160,7 @@ DATASETS, KINDS = (tuple(dict.fromkeys(names)) for names in zip(*PRESETS))
 
 
 def preset(dataset: str, kind: str, corruption: type[Corruption], given: dict) -> dict:
-    """The settings of a preset for a corruption, under those that are given."""
+    """The settings of a preset for a corruption, overridden by those that are given."""
     chosen = PRESETS[dataset, kind]
     smoothness = given.get("smoothness", max(chosen.get("smoothness", 0.0), corruption.smoothness))
     return chosen | dict(smoothness=smoothness, rescale=smoothness > 0 and corruption.rescale) | given
@@ -1204,7 +1204,7 @@ class Settings(Config):
             require(ok, f"--{name.replace('_', '-')} is for --dataset {' or '.join(names)}")
 
     def number_to_hold_out(self, images: int) -> int:
-        """--held-out, or a fifth of so many images, at most 256."""
+        """--held-out, or a fifth of so many images, at least 2 and at most 256."""
         return self.held_out or max(2, min(256, images // 5))
 
     def number_to_read(self) -> int | None:
@@ -1215,7 +1215,8 @@ class Settings(Config):
 def parameters_of(corruption: type[Corruption]) -> dict:
     """The arguments of a corruption with their defaults."""
     arguments = [p for p in inspect.signature(corruption).parameters.values() if p.kind != p.VAR_KEYWORD]
-    odd = [p.name for p in arguments if p.default is p.empty or p.name in Settings.__dataclass_fields__]
+    taken, none = Settings.__dataclass_fields__, (inspect.Parameter.empty, None)
+    odd = [p.name for p in arguments if p.default in none or p.name in taken]
     require(not odd, f"{corruption.__name__}: {odd} need defaults, and names that are not those of settings")
     return {p.name: p.default for p in arguments}
 
@@ -1227,8 +1228,7 @@ def make_parser(defaults: dict, parameters: dict) -> export.Parser:
     parser.epilog = "presets: " + ", ".join(" ".join(key) for key in PRESETS)
     parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110)
     flags = {f.name: (f.default, f.metadata["help"]) for f in fields(Settings) if f.metadata}
-    text = f"of --corruption {defaults.get('corruption')}"
-    flags |= {name: (value, text) for name, value in parameters.items()}
+    flags |= {name: (v, f"of --corruption {defaults['corruption']}") for name, v in parameters.items()}
     for name, (default, text) in flags.items():
         kind = dict(type=type(default))
         kind = dict(type=type((*default, 0)[0]), nargs="*") if isinstance(default, tuple) else kind
@@ -1256,11 +1256,10 @@ def parse(argv: list[str], given: dict, saved: dict) -> Settings:
     parameters = parameters_of(CORRUPTIONS[name])
     parameters |= {k: v for k, v in chosen.get("parameters", {}).items() if k in parameters}
     flags = vars(make_parser(chosen, parameters).parse_args(argv))
-    flags = {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items()}
-    own = {k: flags.pop(k) for k in parameters if k in flags}
+    own = {k: tuple(v) if isinstance(v, list) else v for k, v in flags.items() if k in parameters}
     if name == "jpeg" and given.get("observations") and not saved and not own.keys() & {"quality", "tables"}:
-        own = export.jpeg_tables(image_files(Settings(**chosen | flags))) | own
-    settings = Settings(**chosen | flags | dict(parameters=parameters | own))
+        own = export.jpeg_tables(image_files(Settings(**chosen))) | own
+    settings = Settings(**chosen | dict(parameters=parameters | own))
     now, free = asdict(settings), ("laps", "data_dir", "observations", "masks", "resume", "device")
     changed = [k for k in saved if k not in free and now[k] != saved[k]]
     require(not changed, f"{settings.resume} was made with other values of {', '.join(changed)}")
@@ -1281,7 +1280,7 @@ class Data:
 
 @contextmanager
 def named(kind: type[Corruption]):
-    """Errors in your own corruption name its file and class."""
+    """Puts its file and class in front of the errors of your own corruption."""
     try:
         yield
     except (Exception, SystemExit) as error:
@@ -1294,10 +1293,10 @@ def named(kind: type[Corruption]):
 def try_out(corruption: Corruption, C: int, H: int, W: int) -> None:
     """Raises DiffEMError if it does not give observations of two images."""
     generator = generator_for("cpu", 0)
-    y = corruption(6 * torch.rand(2, C, H, W, generator=generator) - 3, generator)  # as samples may be
-    given = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-    expected = f"a tensor {(2, C + 1, H, W)}, the mask last"
-    require(given == (2, C + 1, H, W), f"it gives {given} in place of {expected}")
+    x = 6 * torch.rand(2, C, H, W, generator=generator) - 3  # samples may leave [-2, 2]
+    y = corruption(x, generator)
+    given, shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__, (2, C + 1, H, W)
+    require(given == shape, f"it gives {given} in place of a tensor {shape}, the mask last")
     check_observations(y)
 
 
@@ -1382,8 +1381,7 @@ def image_files(settings: Settings) -> list[Path]:
     require(folder.is_dir(), f"no folder {folder} ({'--observations' if own else '--data-dir'})")
     files = export.find_images(folder, own, settings.masks)
     require(len(files) > 0, f"no images in {folder}, outside hidden folders, runs, restored and the masks")
-    ok = not settings.masks or Path(settings.masks).is_dir()
-    require(ok, f"no folder {settings.masks} (--masks)")
+    require(Path(settings.masks).is_dir(), f"no folder {settings.masks} (--masks)")  # "" is this folder
     return files
 
 
@@ -1500,7 +1498,7 @@ def scores(state: State, y: Tensor, config: Config) -> dict:
     fifth of the observed ones, are hidden from the model and predicted, by sde2m with 8 evaluations:
 
     energy        E|X - v| - E|X - X'| / 2 of predictions X, X', a proper scoring rule, smaller is better;
-                  root mean square over the values
+                  |.|: root mean square over the hidden values of an image
     coverage_*    fraction of v inside the central 50 and 90 % of 19 predictions
     frechet_pca   Frechet distance of corrupted unconditional samples to the observations, in PCA space (after
                   the proximal FID of Denoising Score Distillation, arXiv 2503.07578)
@@ -1518,8 +1516,8 @@ def scores(state: State, y: Tensor, config: Config) -> dict:
     X = X.view(draws, *v.shape)
     number = hidden.flatten(1).sum(1) * v.shape[1]  # (n,) of hidden values
     require(number.any(), "too little is held out to hide a fifth of it: raise --held-out")
-    rank = (X < v).sum(0) + (X == v).sum(0) / 2  # 0 .. draws
-    inside = dict(coverage_50=(rank >= 5) & (rank <= 14), coverage_90=(rank >= 1) & (rank <= 18))
+    below = (X < v).sum(0) + (X == v).sum(0) / 2  # 0 .. draws
+    inside = dict(coverage_50=(below >= 5) & (below <= 14), coverage_90=(below >= 1) & (below <= 18))
     result = {name: float((hidden * within).sum() / number.sum()) for name, within in inside.items()}
     X, v = ((hidden * u).flatten(2).transpose(0, 1) for u in (X, v[None]))  # (n, draws, C H W), (n, 1, C H W)
     energy = torch.cdist(X, v).mean((1, 2)) - torch.cdist(X, X).sum((1, 2)) / (2 * draws * (draws - 1))
@@ -1553,9 +1551,8 @@ def save_checkpoint(folder: Path, state: State, settings: Settings, data: str = 
     """Writes checkpoint.pt: tensors and plain types only. data: sha256 of the observations to train on."""
     state.check()
     parts = {name: v.state_dict() if hasattr(v, "state_dict") else v for name, v in vars(state).items()}
-    content = dict(settings=asdict(settings), data=data, state=parts | dict(start=None))
     with export.replacing(folder / "checkpoint.pt") as file:
-        torch.save(content, file)
+        torch.save(dict(settings=asdict(settings), data=data, state=parts | dict(start=None)), file)
         file.flush()
         os.fsync(file.fileno())
 
@@ -1577,8 +1574,7 @@ class Checkpoint:
 def restore_state(checkpoint: Checkpoint, corruption: Corruption, device="cpu", data_device="cpu") -> State:
     """The state that was saved, by however many processes."""
     saved, settings = checkpoint.state, checkpoint.settings
-    message = f"the weights in {checkpoint.folder}/checkpoint.pt are not those of its own settings"
-    try:
+    with export.explained(f"weights in {checkpoint.folder} are not those of its own settings, or too large"):
         for name in ("w", "slope"):  # their shapes depend on the data
             setattr(corruption, name, saved["denoiser"][f"corruption.{name}"])
         gaussian = Gaussian(list(saved["x0"].shape[1:]))
@@ -1588,14 +1584,11 @@ def restore_state(checkpoint: Checkpoint, corruption: Corruption, device="cpu", 
         for name in (saved.keys() | vars(state).keys()) - {"x0", "losses"}:  # of one alone: an error
             part, value = getattr(state, name), saved[name]
             part.load_state_dict(value) if hasattr(part, "load_state_dict") else setattr(state, name, value)
-        require(0 <= state.drawn <= len(state.x0), message)
+        require(0 <= state.drawn <= len(state.x0), "the number of reconstructions is wrong")
         for p in denoiser.parameters() if state.lap else ():  # fused Adam does not look at the shapes
             moments = state.optimizer.state[p]
-            require(moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape, message)
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        if export.out_of_memory(error):
-            raise
-        raise DiffEMError(message) from error
+            ok = moments["exp_avg"].shape == moments["exp_avg_sq"].shape == p.shape
+            require(ok, "the optimiser's moments have other shapes")
     return state
 
 
@@ -1650,11 +1643,10 @@ def prepare(settings: Settings, folder: Path) -> Data:
         local, cards = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         require(local < cards, f"only {cards} GPUs: a smaller --nproc-per-node, or --device cpu")
         torch.cuda.set_device(local)
-        torch.set_float32_matmul_precision("highest")  # which the Gaussian's DCT needs
     device, data = "cuda" if cuda else "cpu", make_data(settings)
     data.digest = hashlib.sha256(data.y.contiguous().numpy()).hexdigest()
     need = (6 if data.y.is_floating_point() else 16) * data.y.nbytes  # y, x0, lap 0, and as much to train
-    full = any_rank(cuda and need >= torch.cuda.mem_get_info()[0])  # in one, so that all have x0 in one place
+    full = any_rank(cuda and need >= torch.cuda.mem_get_info()[0])  # then all keep the data on the CPU
     data.y, data.held_out = data.y.to("cpu" if full else device), data.held_out.to(device)
     data.truth = None if data.truth is None else data.truth.to(device)
     shown = {name: value for name, value in settings.parameters.items() if value != ()}
@@ -1674,8 +1666,7 @@ def train(settings: Settings, data: Data, folder: Path, checkpoint: Checkpoint |
     """EM with a report and a checkpoint of each lap, and others in between. Returns the exit code."""
     rank, device, state, due = ranks()[0], data.held_out.device, None, time.monotonic() + 180
     if checkpoint:
-        same = data.digest == checkpoint.data
-        require(same, f"{folder} was made from other data: give the same, or leave out --resume")
+        require(data.digest == checkpoint.data, f"{folder} was made from other data: give the same")
         checkpoint.settings = settings
         state = restore_state(checkpoint, data.corruption, device, data.y.device)
         require(settings.laps >= state.lap, f"{folder} has reached lap {state.lap} already: raise --laps")
@@ -1780,8 +1771,8 @@ def run(argv: list[str]) -> int:
         settings = parse(argv, given, asdict(checkpoint.settings) if checkpoint else {})
         if (settings.dataset, "published") in PRESETS and settings.preset == "small":
             print("small preset, for a CPU; --preset published is the paper's: about a day on a GPU")
-        first = ranks()[0] == 0  # the process that saves
-        with claimed(settings) if first else nullcontext(Path(settings.resume)) as folder:
+        # The first process saves
+        with claimed(settings) if ranks()[0] == 0 else nullcontext(Path(settings.resume)) as folder:
             return train(settings, prepare(settings, folder), folder, checkpoint)
 
 

@@ -292,7 +292,7 @@ def test_evaluation_of_a_run(photos, tmp_path, monkeypatch, capsys):
     weights = ["--inception-weights", "weights.pt"]
     assert evaluate.main([*evaluation, *weights]) == 0  # against the 40 images that it was trained to restore
     # torch-fidelity takes its first input for the real images
-    assert "posterior: FID 4.003e+04, IS 0.5, KID 0.5, recall 0.25, precision 0.75" in capsys.readouterr().out
+    assert "posterior: FID 4.003e+04, IS 0.5, KID 0.5, precision 0.75, recall 0.25" in capsys.readouterr().out
     assert (
         evaluate.main(
             [

@@ -327,3 +327,11 @@ def test_crops_and_copies_with_observed_masks_and_with_blocks(changes, corruptio
         diffem.m_step(state, config, diffem.generator_for("cpu", step))
     corruption.masks = None
     assert state.losses.isfinite().all() and (state.losses > 0).all()
+
+
+def test_the_range_of_values_is_not_that_of_the_last_image_alone(generator, monkeypatch):
+    """Observations are checked in parts. 4,097 of them would leave a part of one."""
+    y = torch.cat([4 * torch.rand(4097, 1, 2, 2, generator=generator) - 2, torch.ones(4097, 1, 2, 2)], 1)
+    y[-1, 0] = torch.tensor([[0.3, 0.4], [0.6, 0.8]])
+    monkeypatch.setattr(diffem, "first_state", lambda *rest: "a state")
+    assert next(diffem.em(y, diffem.Noise(0.1), diffem.Config())) == "a state"

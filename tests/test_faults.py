@@ -258,6 +258,24 @@ def test_a_wrong_own_corruption_is_named(own, message, tmp_path, monkeypatch, ca
     assert f"test_faults.py, {own.__name__}: " in error and not (tmp_path / "runs").exists()
 
 
+class NoDefault(Own):
+    def __init__(self, level):
+        super().__init__(level=level)
+
+
+class NoneDefault(Own):
+    def __init__(self, level: float | None = None):
+        super().__init__(level=level)
+
+
+@pytest.mark.parametrize("own", [NoDefault, NoneDefault])
+def test_an_argument_whose_flag_would_have_no_type(own, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(diffem, "CORRUPTIONS", dict(diffem.CORRUPTIONS))
+    assert diffem.main([*TINY, "--corruption", "own", "--level", "3"], own=own) == 2
+    assert f"{own.__name__}: ['level'] need defaults" in capsys.readouterr().err
+
+
 # ---- Two processes, one folder; streams that cannot be written
 
 
