@@ -82,6 +82,17 @@ def test_sampler_with_exact_denoiser_gives_the_exact_posterior(method, steps, ge
     assert ((torch.cov(x.T) - C).abs() / scale).max() < 0.06
 
 
+@pytest.mark.parametrize("method", diffem.METHODS)
+def test_one_evaluation_gives_the_posterior_mean(method, generator):
+    mean, covariance = gaussian(3, generator)
+    y = (corruption := Projection(rows=1, noise=0.3))(draw(mean, covariance, 8, generator), generator)
+    denoiser = ExactDenoiser(mean, covariance, corruption)
+    P, h = denoiser.posterior(y)
+    expected = torch.linalg.solve(P, h[..., None])[..., 0].float()
+    # sigma_max is 100: xt still says a little
+    torch.testing.assert_close(denoiser.sample(y, 1, method, generator), expected, atol=0.1, rtol=0)
+
+
 def test_zero_observation_samples_the_prior(generator):
     mean, covariance = gaussian(3, generator)
     denoiser = ExactDenoiser(mean, covariance, Projection(rows=1, noise=0.3))
