@@ -1215,8 +1215,8 @@ class Settings(Config):
 def parameters_of(corruption: type[Corruption]) -> dict:
     """The arguments of a corruption with their defaults."""
     arguments = [p for p in inspect.signature(corruption).parameters.values() if p.kind != p.VAR_KEYWORD]
-    taken, none = Settings.__dataclass_fields__, (inspect.Parameter.empty, None)
-    odd = [p.name for p in arguments if p.default in none or p.name in taken]
+    taken = Settings.__dataclass_fields__
+    odd = [p.name for p in arguments if p.default is p.empty or p.default is None or p.name in taken]
     require(not odd, f"{corruption.__name__}: {odd} need defaults, and names that are not those of settings")
     return {p.name: p.default for p in arguments}
 
@@ -1643,6 +1643,8 @@ def prepare(settings: Settings, folder: Path) -> Data:
         local, cards = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         require(local < cards, f"only {cards} GPUs: a smaller --nproc-per-node, or --device cpu")
         torch.cuda.set_device(local)
+        # The Gaussian's DCT needs it, and an environment can have set less
+        torch.set_float32_matmul_precision("highest")
     device, data = "cuda" if cuda else "cpu", make_data(settings)
     data.digest = hashlib.sha256(data.y.contiguous().numpy()).hexdigest()
     need = (6 if data.y.is_floating_point() else 16) * data.y.nbytes  # y, x0, lap 0, and as much to train
@@ -1666,7 +1668,8 @@ def train(settings: Settings, data: Data, folder: Path, checkpoint: Checkpoint |
     """EM with a report and a checkpoint of each lap, and others in between. Returns the exit code."""
     rank, device, state, due = ranks()[0], data.held_out.device, None, time.monotonic() + 180
     if checkpoint:
-        require(data.digest == checkpoint.data, f"{folder} was made from other data: give the same")
+        same = data.digest == checkpoint.data
+        require(same, f"{folder} was made from other data: give the same, or leave out --resume")
         checkpoint.settings = settings
         state = restore_state(checkpoint, data.corruption, device, data.y.device)
         require(settings.laps >= state.lap, f"{folder} has reached lap {state.lap} already: raise --laps")

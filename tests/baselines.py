@@ -82,7 +82,7 @@ class MMPS(nn.Module):
         _, adjoint = torch.func.vjp(lambda x: measure(self.corruption, x, y), x0)
 
         # p x p pixels of a downsampled image share one noise value, of variance (p s)^2 in their mean
-        noise = getattr(self.corruption, "patch", 1) * self.corruption.noise
+        noise = self.corruption.patch * self.corruption.noise
 
         def operator(v: Tensor) -> Tensor:
             return noise**2 * v + measure(self.corruption, covariance(adjoint(v)[0]), y)
@@ -121,8 +121,7 @@ def em_mmps(
     state.iterations, state.observed_by = iterations, corruption
     if y.ndim == 4:  # without y, one step of the Gaussian's conjugate gradients is exact, and has a gradient
         for denoiser in (state.denoiser, state.average):
-            denoiser.likelihood = Corruption().to(y.device)
-            denoiser.likelihood.block = 0
+            denoiser.likelihood = Corruption(block=0).to(y.device)
     yield state
     yield from diffem.em(y, corruption, config, state)
 

@@ -31,8 +31,7 @@ def test_moment_matching_agrees_with_the_conditional_denoiser(corruption, genera
     """While F is 0, both are the posterior mean of a smooth Gaussian."""
     gaussian, config = Gaussian([1, 8, 8], power=3.0), Config(channels=(8,))
     conditional, other = (Denoiser(gaussian, corruption, config) for _ in range(2))
-    other.likelihood = Corruption()
-    other.likelihood.block = 0
+    other.likelihood = Corruption(block=0)
     x0, sigma = gaussian.sample(4, generator), torch.tensor([0.1, 0.5, 1.0, 5.0])
     xt = x0 + sigma.view(-1, 1, 1, 1) * torch.randn(x0.shape, generator=generator)
     y = corruption(x0, generator)

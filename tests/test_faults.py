@@ -315,11 +315,8 @@ def test_a_closed_pipe_is_one_line(program, tmp_path):
     export_prints = (
         "import sys, export; export.export = lambda **rest: print(); sys.exit(export.main(['one']))"
     )
-    command = (
-        [ROOT / program, *TINY, "--laps", 1, "--steps", 3]
-        if program == "diffem.py"
-        else ["-c", export_prints]
-    )
+    training = [ROOT / program, *TINY, "--laps", 1, "--steps", 3]
+    command = training if program == "diffem.py" else ["-c", export_prints]
     reader, writer = os.pipe()
     os.close(reader)
     environment = os.environ | dict(PYTHONUNBUFFERED="", PYTHONPATH=str(ROOT))
